@@ -1,0 +1,44 @@
+# make setup | quickstart | test | lab | lint | lock
+# Every target sets up .venv by itself; all it needs is Python 3.11+ and make.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: setup quickstart test lab lint lock
+
+setup: $(READY)
+
+# The lock's exact versions, checked by hash, then this package in place.
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $(READY)
+
+# Train on handwritten digits, sample, look. The executed notebook lands in the run's folder.
+quickstart: setup
+	mkdir -p runs/quickstart
+	$(BIN)/papermill notebooks/00_quickstart.ipynb runs/quickstart/quickstart.ipynb \
+	    --cwd . --kernel python3 --no-progress-bar --log-output --autosave-cell-every 30
+	@echo
+	@echo "Look at:    runs/quickstart/samples.png"
+	@echo "Read:       runs/quickstart/quickstart.ipynb   (make lab opens JupyterLab)"
+	@echo "Draw more:  .venv/bin/pixnerd sample runs/quickstart --labels 7 --count 20 --out runs/sevens"
+
+test: setup
+	$(BIN)/python -m pytest
+
+lab: setup
+	$(BIN)/jupyter lab notebooks
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+# Renew the lock: newest versions that pyproject.toml allows, for every platform, without naming a registry.
+lock: setup
+	$(BIN)/uv pip compile --quiet --upgrade pyproject.toml --all-extras --universal --python-version 3.11 \
+	    --generate-hashes --no-annotate --custom-compile-command "make lock" --output-file requirements.lock

@@ -1,0 +1,6 @@
+"""`python -m pixnerd` is the command `pixnerd`."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()

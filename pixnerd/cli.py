@@ -1,0 +1,192 @@
+"""The command line: pixnerd train | sample | evaluate | data.
+
+Wrong input ends with one sentence on standard error and exit code 2.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+from . import data
+from .checkpoints import load
+from .errors import InputError
+from .metrics.nearest import digit_agreement
+from .model import SIZES
+from .randomness import Purpose, generator
+from .recipes import RECIPES
+from .runs import Run
+from .sampling import SamplingConfig, sample_noise, trajectory
+from .training import NonFiniteLoss, TrainConfig, default_device, train
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a model, or go on with the run in --out."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    recipe: str = "imagenet-256"
+    """start from these settings; every other flag overrides them"""
+    size: str | None = None
+    """use a named model size; --model.* flags override it"""
+
+    def run(self) -> None:
+        records = train(self.config)
+        with tqdm(total=self.config.steps, unit="step", mininterval=1) as bar:
+            for record in records:
+                bar.update(record.step - bar.n)
+                if record.step % self.config.log_every == 0:
+                    bar.set_postfix(loss=f"{float(record.loss):.4f}")
+        print(f"trained: {self.config.out}; look at it with: pixnerd sample {self.config.out}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sample images with a run's newest checkpoint (EMA weights); flags that are not given are the run's own."""
+
+    run_folder: Annotated[Path, tyro.conf.Positional]
+    """folder of the run"""
+    count: int = 100
+    """images; the classes share them evenly, in order"""
+    labels: tuple[int, ...] = ()
+    """classes to draw, `count` images in turn, instead of all"""
+    steps: int | None = None
+    solver: str | None = None
+    guidance: float | None = None
+    interval: tuple[float, float] | None = None
+    """guide only steps that start strictly inside"""
+    shift: float | None = None
+    seed: int = 0
+    """of the noise; image i depends on (seed, i) alone"""
+    batch_size: int = 64
+    out: Path | None = None
+    """folder for samples.png and samples.npz; by default the run's"""
+
+    def run(self) -> None:
+        for name in ("count", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it has to be at least 1")
+        run = Run(self.run_folder)
+        names = (field.name for field in dataclasses.fields(SamplingConfig))
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        sampling = dataclasses.replace(TrainConfig.from_dict(run.config()).sampling, **given)
+        device = default_device()
+        model = load(run.folder, device=device)
+        classes = self.labels or tuple(range(model.num_classes))
+        each = -(-self.count // len(classes))  # rounded up
+        labels = torch.tensor(classes).repeat_interleave(each)[: self.count]
+        shape = (model.config.channels, model.config.image_size, model.config.image_size)
+        batches = torch.arange(self.count).split(self.batch_size)
+        images = []
+        with tqdm(total=len(batches) * sampling.steps, unit="step") as bar:
+            for indices in batches:
+                noise = sample_noise(shape, indices.tolist(), self.seed)
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    for state in trajectory(model, labels[indices], noise=noise, **dataclasses.asdict(sampling)):
+                        bar.update()
+                images.append(state.x)
+        target = Run(self.out or run.folder)
+        target.folder.mkdir(parents=True, exist_ok=True)
+        target.save_samples(torch.cat(images), labels, columns=min(each, 20))
+        print(f"drawn: {target.folder / 'samples.png'}, {target.folder / 'samples.npz'}")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure the samples of a run on digits: the share that a k-NN on the real digits takes for their label."""
+
+    run_folder: Annotated[Path, tyro.conf.Positional]
+    """folder with samples.npz, where metrics.json goes"""
+
+    def run(self) -> None:
+        run = Run(self.run_folder)
+        images, labels = run.load_samples()
+        agreement = digit_agreement(images, labels)
+        run.save_metrics({"digit_agreement": agreement, "images": len(images)})
+        print(f"the label is what a 3-nearest-neighbour vote reads in {agreement:.1%} of {len(images)} samples")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Look at a data set: how many images of which classes, and, with --show, a contact sheet."""
+
+    name: Annotated[str, tyro.conf.Positional]
+    """digits, synthetic or folder:PATH"""
+    image_size: int = 32
+    """pixels along a side"""
+    show: bool = False
+    """write a contact sheet of 100 random images"""
+    out: Path = Path("contact-sheet.png")
+    """where the contact sheet goes"""
+
+    def run(self) -> None:
+        dataset = data.load(self.name, self.image_size)
+        counts = torch.bincount(dataset.labels, minlength=dataset.num_classes).tolist()
+        print(f"{self.name}: {len(dataset)} images of {dataset.channels}x{self.image_size}x{self.image_size}")
+        for name, count in zip(dataset.classes, counts, strict=True):
+            print(f"  {name}: {count}")
+        if self.show:
+            shuffle = generator(torch.device("cpu"), 0, Purpose.DATA_ORDER)
+            pixels, _ = dataset.batch(torch.randperm(len(dataset), generator=shuffle)[:100].tolist())
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            save_image(make_grid(pixels / 255, nrow=10, pad_value=0.5), self.out)
+            print(f"contact sheet: {self.out}")
+
+
+def parse(arguments: Sequence[str]) -> Train | Sample | Evaluate | Data:
+    """The command with its flags. Raises InputError for an unknown recipe, size or value out of range."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--recipe", default=Train.recipe)
+    first.add_argument("--size")
+    base, _ = first.parse_known_args(arguments)  # these two decide the defaults of all the others
+    config = RECIPES[base.recipe]
+    if base.size is not None:
+        config = dataclasses.replace(config, model=SIZES[base.size])
+    train_command = tyro.conf.subcommand("train", default=Train(config, base.recipe, base.size))
+    commands = (
+        Annotated[Train, train_command]
+        | Annotated[Sample, tyro.conf.subcommand("sample")]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Data, tyro.conf.subcommand("data")]
+    )
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        try:
+            return tyro.cli(commands, prog="pixnerd", args=arguments)
+        except SystemExit as stop:
+            cause: BaseException | None = stop
+            while cause is not None:  # a configuration that refused a value is the reason behind tyro's exit
+                if isinstance(cause, InputError):
+                    raise cause from None
+                cause = cause.__context__
+            reason = printed.getvalue()
+    print(reason, end="", file=sys.stderr)  # tyro's own words: an unknown flag, a wrong type, a wrong choice
+    sys.exit(2)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; exits with 2 after wrong input, 1 after a loss that is not finite."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        parse(sys.argv[1:] if arguments is None else arguments).run()
+    except InputError as error:
+        sys.exit(_say(error, 2))
+    except NonFiniteLoss as error:
+        sys.exit(_say(error, 1))
+    except KeyboardInterrupt:
+        sys.exit(_say("interrupted; the same command goes on from here", 130))
+
+
+def _say(message: object, code: int) -> int:
+    print(f"pixnerd: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,22 @@
+"""Data sets by name: `digits`, `synthetic`, `folder:PATH`. All give images in [−1, 1] and labels."""
+
+from ..errors import InputError
+from .dataset import ImageDataset, to_float, to_uint8
+from .digits import Digits
+from .folder import ImageFolder
+from .synthetic import Synthetic
+
+__all__ = ["Digits", "ImageDataset", "ImageFolder", "Synthetic", "load", "to_float", "to_uint8"]
+
+
+def load(name: str, image_size: int) -> ImageDataset:
+    """The data set called `name`, with images of image_size × image_size. Raises InputError for an unknown name."""
+    kind, _, path = name.partition(":")
+    match kind, bool(path):
+        case "digits", False:
+            return Digits(image_size)
+        case "synthetic", False:
+            return Synthetic(image_size)
+        case "folder", True:
+            return ImageFolder(path, image_size)
+    raise InputError(f"data set {name!r} is unknown; known: digits, synthetic, folder:PATH")

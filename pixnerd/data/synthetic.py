@@ -1,0 +1,29 @@
+"""Images that are computed, not loaded: for tests, benchmarks and dry runs of any size without a data set."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..randomness import Purpose, generator
+from .dataset import ImageDataset, to_uint8
+
+CLASSES = 10
+IMAGES = 1000
+
+
+class Synthetic(ImageDataset):
+    """Coloured gratings: class k is stripes at angle 18°·k; frequency, phase and colour come from the image's index."""
+
+    def __init__(self, image_size: int = 32):
+        labels = [index % CLASSES for index in range(IMAGES)]
+        super().__init__(image_size, 3, labels, [f"{180 // CLASSES * k} degrees" for k in range(CLASSES)])
+
+    def pixels(self, index: int) -> Tensor:
+        draw = torch.rand(5, generator=generator(torch.device("cpu"), 0, Purpose.SYNTHETIC_IMAGE, index))
+        angle = math.pi / CLASSES * int(self.labels[index])
+        cycles = 2 + 2 * draw[0]  # over the image's side
+        side = torch.linspace(0, 1, self.image_size)
+        distance = math.cos(angle) * side + math.sin(angle) * side[:, None]  # [S, S], along the wave vector
+        wave = torch.sin(2 * math.pi * (cycles * distance + draw[1]))
+        return to_uint8(wave * (2 * draw[2:, None, None] - 1))  # [3, S, S]

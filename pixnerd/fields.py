@@ -1,0 +1,167 @@
+"""The two heads: a neural field for every patch (the paper's contribution), and the linear layer it replaces.
+
+A head turns one condition vector per patch into the pixels of that patch. The neural field does so with a small
+network of its own per patch: the shared layers read each pixel's noisy value and coordinates, and the layers between
+them have weights that a linear layer of the condition generates. Source: arXiv 2507.23268, section 4.
+
+Dimension letters: M patches (of all images of a batch), K pixels of a patch (row-major), C channels, D width of the
+transformer, W width of the field, R = ratio · W its hidden width, F = 64 features of the coordinate encoding.
+"""
+
+import functools
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .layers import RMSNorm, at_least_float32
+
+Encoding = Literal["dct", "sincos", "none"]
+WeightNorm = Literal["none", "fc1", "fc1+fc2"]
+
+ENCODING_FEATURES = {"dct": 64, "sincos": 64, "none": 0}
+PATCHES_PER_PIECE = 1024  # the backward pass recomputes the field of this many patches at a time
+L2_EPS = 1e-12
+
+
+def dct_encoding(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Cosine products of the DCT, damped: cos(π f_x x)·cos(π f_y y) / (1 + f_x f_y), [K, 64].
+
+    x = column and y = row over linspace(0, 1); eight frequencies linspace(0, 8, 8) (not integers, as published), f_x
+    the outer index of the 8 × 8 features.
+    """
+    frequency = torch.linspace(0, 8, 8, dtype=dtype, device=device)
+    y = torch.linspace(0, 1, height, dtype=dtype, device=device)
+    x = torch.linspace(0, 1, width, dtype=dtype, device=device)
+    cos_x = torch.cos(math.pi * x[:, None] * frequency)  # [width, 8]
+    cos_y = torch.cos(math.pi * y[:, None] * frequency)  # [height, 8]
+    products = cos_x[None, :, :, None] * cos_y[:, None, None, :]  # [height, width, 8 (f_x), 8 (f_y)]
+    damped = products / (1 + frequency[:, None] * frequency)
+    return damped.reshape(height * width, 64)
+
+
+def sincos_encoding(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[cos xω₀, cos yω₀, cos xω₁, cos yω₁, …], ω_k = 10000^(−4k/128), k = 0 … 31: [K, 64].
+
+    x = column and y = row over linspace(0, 16). The published text-to-image model uses this one, cosines only.
+    """
+    omega = 10000.0 ** (-4 / 128 * torch.arange(32, dtype=dtype, device=device))
+    y = torch.linspace(0, 16, height, dtype=dtype, device=device)
+    x = torch.linspace(0, 16, width, dtype=dtype, device=device)
+    grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+    angles = torch.stack((grid_x, grid_y), -1).reshape(-1, 1, 2) * omega[:, None]  # [K, 32, 2]
+    return angles.flatten(1).cos()
+
+
+@functools.lru_cache(maxsize=32)
+def coordinate_table(encoding: Encoding, height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The encoded coordinates of a patch's pixels, [K, F]: the same for every patch, so made once and kept."""
+    with torch.inference_mode(False):  # the table outlives the caller, who may be in inference mode
+        match encoding:
+            case "dct":
+                return dct_encoding(height, width, dtype, device)
+            case "sincos":
+                return sincos_encoding(height, width, dtype, device)
+            case "none":
+                return torch.zeros(height * width, 0, dtype=dtype, device=device)
+
+
+def unit_fan_in(weight: Tensor) -> Tensor:
+    """Scale every output unit's weights to unit L2 norm. weight [M, in, out]; the norm runs over the axis `in`."""
+    squares = at_least_float32(weight).square().sum(dim=-2, keepdim=True)  # [M, 1, out]
+    return weight * squares.clamp_min(L2_EPS**2).rsqrt().to(weight.dtype)
+
+
+class FieldBlock(nn.Module):
+    """h += W₂ᵀ·SiLU(W₁ᵀ·RMSNorm(h)) for each pixel, with W₁ [W, R] and W₂ [R, W] generated for each patch."""
+
+    def __init__(self, condition_width: int, width: int, ratio: int, weight_norm: WeightNorm):
+        super().__init__()
+        self.width, self.hidden, self.weight_norm = width, ratio * width, weight_norm
+        self.generator = nn.Linear(condition_width, 2 * width * self.hidden)
+        self.norm = RMSNorm(width)
+
+    def forward(self, h: Tensor, s: Tensor) -> Tensor:
+        """h [M, K, W] pixels' features, s [M, D] patches' conditions → [M, K, W]."""
+        fc1, fc2 = self.generator(s).chunk(2, dim=-1)  # [M, W·R] each
+        fc1 = fc1.unflatten(-1, (self.width, self.hidden))  # [M, W, R]
+        fc2 = fc2.unflatten(-1, (self.hidden, self.width))  # [M, R, W]
+        if self.weight_norm != "none":
+            fc1 = unit_fan_in(fc1)
+        if self.weight_norm == "fc1+fc2":
+            fc2 = unit_fan_in(fc2)
+        return torch.baddbmm(h, F.silu(torch.bmm(self.norm(h), fc1)), fc2)
+
+
+class NeuralFieldHead(nn.Module):
+    """Per pixel: concat(noisy values, coordinate encoding) → shared Linear → field blocks → RMSNorm → shared Linear.
+
+    The last linear starts at zero, so an untrained model predicts zero.
+    """
+
+    def __init__(
+        self,
+        condition_width: int,
+        channels: int,
+        width: int = 64,
+        blocks: int = 2,
+        ratio: int = 2,
+        encoding: Encoding = "dct",
+        weight_norm: WeightNorm = "fc1+fc2",
+        output_norm: bool = True,
+    ):
+        super().__init__()
+        self.channels, self.encoding = channels, encoding
+        self.embed = nn.Linear(channels + ENCODING_FEATURES[encoding], width)
+        self.blocks = nn.ModuleList(FieldBlock(condition_width, width, ratio, weight_norm) for _ in range(blocks))
+        self.norm = RMSNorm(width) if output_norm else nn.Identity()
+        self.out = nn.Linear(width, channels)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def decode(self, pixels: Tensor, s: Tensor, table: Tensor) -> Tensor:
+        """pixels [M, K, C], conditions s [M, D] and the shared coordinate table [K, F] → [M, K, C]."""
+        of_values, of_coordinates = self.embed.weight.split((self.channels, table.shape[1]), dim=1)
+        shared = F.linear(table, of_coordinates, self.embed.bias)  # [K, W]: one table serves all patches
+        h = F.linear(pixels, of_values) + shared  # [M, K, W]
+        for block in self.blocks:
+            h = block(h, s)
+        return self.out(self.norm(h))
+
+    def forward(self, pixels: Tensor, s: Tensor, patch: tuple[int, int], recompute: bool) -> Tensor:
+        """Decode patches of `patch` = (height, width) pixels. pixels [M, K, C], s [M, D] → [M, K, C].
+
+        With `recompute`, only pixels and s are kept for the backward pass, which decodes again, one piece of at most
+        1,024 patches after the other: the head is where the backward pass begins, so recomputing it in one go would
+        lower what is kept but not the peak.
+        """
+        table = coordinate_table(self.encoding, *patch, self.embed.weight.dtype, pixels.device)  # [K, F]
+        if not (recompute and torch.is_grad_enabled()):
+            return self.decode(pixels, s, table)
+        pieces = math.ceil(len(s) / PATCHES_PER_PIECE)
+        return torch.cat(
+            [
+                checkpoint(self.decode, some_pixels, some_s, table, use_reentrant=False, preserve_rng_state=False)
+                for some_pixels, some_s in zip(pixels.chunk(pieces), s.chunk(pieces), strict=True)
+            ]
+        )
+
+
+class LinearHead(nn.Module):
+    """The baseline the paper compares with: all pixels of a patch from one Linear of its condition, zero at the start.
+
+    It is blind to the noisy pixels: whatever the output needs of them has to pass through the token.
+    """
+
+    def __init__(self, condition_width: int, channels: int, patch_size: int):
+        super().__init__()
+        self.out = nn.Linear(condition_width, patch_size * patch_size * channels)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, pixels: Tensor, s: Tensor, patch: tuple[int, int], recompute: bool) -> Tensor:
+        """s [M, D] → [M, K, C]; the pixels' values and `recompute` are not used."""
+        return self.out(s).view_as(pixels)

@@ -1,0 +1,63 @@
+"""Flow matching: the straight path from noise to data, its velocity, the training times, the loss.
+
+t = 0 is noise and t = 1 is data. Sources: Lipman et al. 2210.02747 (flow matching), Liu et al. 2209.03003 (straight
+paths), Esser et al. 2403.03206 (logit-normal times, shift), Li & He 2511.13720 (image prediction with velocity loss).
+Dimension letters: B images, C channels, H × W pixels.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .model import PixNerd, velocity_from_image
+
+
+def interpolate(image: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """The path x_t = t·image + (1 − t)·noise. image and noise [B, C, H, W], t [B] in [0, 1]."""
+    t = t.view(-1, 1, 1, 1)
+    return t * image + (1 - t) * noise
+
+
+def velocity(image: Tensor, noise: Tensor) -> Tensor:
+    """The path's derivative in t, image − noise, constant along it: what the network learns. [B, C, H, W]."""
+    return image - noise
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """t / (t + (1 − t)·shift): keeps 0 and 1; shift > 1 moves everything between towards the noise."""
+    return t / (t + (1 - t) * shift)
+
+
+def logit_normal_time(normal: Tensor, shift: float = 1.0) -> Tensor:
+    """Training times from standard normal numbers of any shape: sigmoid(normal), shifted; inside (0, 1)."""
+    return shift_time(torch.sigmoid(normal), shift)
+
+
+class FlowLoss(NamedTuple):
+    """What one evaluation of the loss gives."""
+
+    mean: Tensor  # 0-dim, the loss to minimise
+    per_image: Tensor  # [B], detached: who pays how much, for the loss by t
+
+
+def loss(model: PixNerd, image: Tensor, labels: Tensor, noise: Tensor, t: Tensor) -> FlowLoss:
+    """mean((v̂ − v)²) at x_t, weight 1.
+
+    For a model that predicts the image, both velocities have 1 − t clamped at 0.05, so that a right image is a right
+    velocity at every t and the weight of the image's error stays below 400.
+
+    Args:
+        model: the velocity network.
+        image: clean images [B, C, H, W] in [−1, 1].
+        labels: [B], num_classes where the label is dropped.
+        noise: standard normal, like image.
+        t: times [B] in [0, 1].
+    """
+    x_t = interpolate(image, noise, t)
+    if model.config.prediction == "v":
+        target = velocity(image, noise)
+    else:
+        target = velocity_from_image(image, x_t, t)
+    per_image = (model(x_t, t, labels) - target).square().mean(dim=(1, 2, 3))  # [B]
+    return FlowLoss(per_image.mean(), per_image.detach())

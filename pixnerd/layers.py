@@ -1,0 +1,141 @@
+"""The transformer's layers: RMSNorm, 2-D rotary positions, attention, SwiGLU, adaptive modulation, time embedding.
+
+Dimension letters: B images, N tokens (patches), D width, H heads, E = D / H channels of a head.
+"""
+
+import functools
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NORM_EPS = 1e-6
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is that already: what norms and angles are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x²) + 1e-6) · weight over the last axis, in the input's own precision (so bf16 stays fused)."""
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+@functools.lru_cache(maxsize=32)
+def rotary_table(
+    rows: int, columns: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every rotary angle, each [N, E/2], tokens row-major.
+
+    Frequencies ω_k = 10000^(−4k/E), k = 0 … E/4 − 1. Channel pair 2k turns by x·ω_k and pair 2k+1 by y·ω_k, where
+    x (column) and y (row) run over linspace(0, 16) with both ends included, however many tokens there are: a finer
+    grid interpolates the positions a coarser one was trained with. Kept per grid, precision and device.
+    """
+    with torch.inference_mode(False):  # the table outlives the caller, who may be in inference mode
+        y = torch.linspace(0, 16, rows, dtype=dtype, device=device)
+        x = torch.linspace(0, 16, columns, dtype=dtype, device=device)
+        omega = 10000.0 ** (-4 / head_dim * torch.arange(head_dim // 4, dtype=dtype, device=device))  # [E/4]
+        grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")  # [rows, columns]
+        angles = torch.stack((grid_x, grid_y), -1).reshape(-1, 1, 2) * omega[:, None]  # [N, E/4, 2]
+        angles = angles.flatten(1)  # [N, E/2]
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn adjacent channel pairs (a, b) → (a cos φ − b sin φ, a sin φ + b cos φ). x [B, H, N, E]; cos, sin [N, E/2]."""
+    a, b = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)  # [B, H, N, E/2] each
+    turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)  # [B, H, N, E/2, 2]
+    return turned.flatten(-2).type_as(x)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √E) v, all [B, H, N, E]. A CPU does it in float32: its bf16 backward pass is 13 times slower."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(*(at_least_float32(y) for y in (q, k, v))).type_as(v)
+
+
+class Attention(nn.Module):
+    """Self-attention with RMS-normalised queries and keys, turned by 2-D rotary positions. [B, N, D] → [B, N, D]."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)  # rows q | k | v, each heads × head_dim
+        self.q_norm = RMSNorm(width // heads)
+        self.k_norm = RMSNorm(width // heads)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (three h e) -> three b h n e", three=3, h=self.heads)
+        q = rotate(self.q_norm(q), cos, sin)  # [B, H, N, E]
+        k = rotate(self.k_norm(k), cos, sin)  # [B, H, N, E]
+        x = attend(q, k, v)  # [B, H, N, E]
+        return self.proj(rearrange(x, "b h n e -> b n (h e)"))
+
+
+class SwiGLU(nn.Module):
+    """W₂(silu(W₁x)·W₃x) without biases; W₁ and W₃ are one matrix, gate rows first. [B, N, D] → [B, N, D]."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate_value = nn.Linear(width, 2 * hidden, bias=False)
+        self.out = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.gate_value(x).chunk(2, dim=-1)  # [B, N, hidden] each
+        return self.out(F.silu(gate) * value)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x·(1 + scale) + shift. x [B, N, D]; shift and scale [B, 1, D]."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class DiTBlock(nn.Module):
+    """x += g₁·Attn(mod(norm x)); x += g₂·SwiGLU(mod(norm x)), the six vectors from one Linear of the condition c."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1 = RMSNorm(width)
+        self.attn = Attention(width, heads)
+        self.norm2 = RMSNorm(width)
+        self.mlp = SwiGLU(width, hidden=int(2 / 3 * 4 * width))
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [B, N, D], c [B, D], cos and sin [N, E/2] → [B, N, D]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)  # [B, 1, D] each
+        x = torch.addcmul(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1), cos, sin))
+        return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
+
+
+class TimeEmbedding(nn.Module):
+    """t [B] in [0, 1] → [B, D]: 256 features cos(t·f_k) ‖ sin(t·f_k), f_k = 10^(−k/128), then Linear–SiLU–Linear.
+
+    The maximum period is 10 because t is not scaled to 0…1000 as in DDPM-style embeddings.
+    """
+
+    FREQUENCIES = 128
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2 * self.FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        nn.init.normal_(self.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.mlp[2].weight, std=0.02)
+
+    def forward(self, t: Tensor) -> Tensor:
+        t = at_least_float32(t)
+        k = torch.arange(self.FREQUENCIES, dtype=t.dtype, device=t.device)
+        angles = t[:, None] * torch.exp(-math.log(10) / self.FREQUENCIES * k)  # [B, 128]
+        features = torch.cat((angles.cos(), angles.sin()), dim=-1)  # [B, 256]
+        return self.mlp(features.to(self.mlp[0].weight.dtype))

@@ -1,0 +1,49 @@
+"""Named training recipes: the published ones, and ones for a laptop or a single GPU on data that needs no download."""
+
+import dataclasses
+
+from .errors import InputError
+from .model import SIZES
+from .sampling import SamplingConfig
+from .training import TrainConfig, cpu_can_compile, cpu_has_bfloat16, default_device
+
+
+class Recipes(dict[str, TrainConfig]):
+    """Recipes by name; an unknown name is an InputError that lists the known ones."""
+
+    def __missing__(self, name: str) -> TrainConfig:
+        raise InputError(f"recipe {name!r} is unknown; known recipes: {', '.join(self)}")
+
+
+RECIPES = Recipes(
+    {
+        # arXiv 2507.23268: 160 epochs of ImageNet; the data's path is the user's
+        "imagenet-256": TrainConfig(model=SIZES["XL/16"], horizontal_flip=True, workers=8),
+        "digits-cpu": TrainConfig(
+            data="digits",
+            model=SIZES["micro/8"],
+            steps=1500,
+            batch_size=64,
+            learning_rate=2e-3,
+            warmup_steps=50,
+            decay="linear",
+            betas=(0.9, 0.99),
+            clip=1.0,
+            ema_decay=0.995,
+            checkpoint_every=500,
+            recompute="none",
+            sampling=SamplingConfig(steps=25, guidance=3.0, interval=(0.1, 1.0)),
+        ),
+    }
+)
+
+
+def quickstart() -> TrainConfig:
+    """The digits recipe for this machine: a GPU's when there is one; on a CPU compiled and in bfloat16 where that helps."""
+    if default_device().type == "cuda":
+        return RECIPES["digits-gpu"]
+    return dataclasses.replace(
+        RECIPES["digits-cpu"],
+        compile="on" if cpu_can_compile() else "off",
+        precision="bfloat16" if cpu_has_bfloat16() else "float32",
+    )

@@ -1,0 +1,45 @@
+"""What several test files use: small models with random weights everywhere, so that no zero hides a mistake."""
+
+import os
+
+import pytest
+import torch
+
+from pixnerd.model import ModelConfig, PixNerd
+
+os.environ.setdefault("MPLBACKEND", "agg")
+
+TINY = ModelConfig(
+    width=24, heads=2, blocks=2, patch_size=4, image_size=16, field_width=8, field_blocks=2, field_ratio=2
+)
+# every ablation switch away from its default, one at a time, and two together
+SWITCHES = {
+    "as published": {},
+    "one field block": {"field_blocks": 1},
+    "wide field": {"field_width": 12, "field_ratio": 3},
+    "sincos": {"encoding": "sincos"},
+    "no coordinates": {"encoding": "none"},
+    "no weight norm": {"weight_norm": "none"},
+    "fc1 norm": {"weight_norm": "fc1"},
+    "no output norm": {"output_norm": False},
+    "linear head": {"head": "linear"},
+    "image prediction": {"prediction": "x"},
+    "grey, patch 8": {"channels": 1, "patch_size": 8},
+    "text-to-image field": {"encoding": "sincos", "weight_norm": "fc1", "output_norm": False},
+}
+
+
+def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Every parameter redrawn: norms around 1, the rest around 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.3 * noise)
+    return model
+
+
+@pytest.fixture
+def tiny() -> PixNerd:
+    """A small random float32 model with 5 classes, in evaluation mode."""
+    return randomised(PixNerd(TINY, num_classes=5)).eval()

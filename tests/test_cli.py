@@ -1,0 +1,147 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from pixnerd.cli import main
+
+TINY = ["--data", "synthetic", "--size", "nano/8", "--model.image-size", "16", "--batch-size", "4", "--log-every", "2"]
+
+
+def run(*arguments):
+    """Exit code of a command, 0 when it returns."""
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert run("train", "--out", folder, *TINY, "--steps", 4, "--sampling.steps", 2) == 0
+    return folder
+
+
+def test_train_then_sample(trained, tmp_path, capsys):
+    assert (trained / "checkpoints" / "step-4" / "ema.safetensors").is_file()
+    assert run("sample", trained, "--count", 12, "--labels", 7, 2, "--batch-size", 5, "--out", tmp_path) == 0
+    assert str(tmp_path / "samples.png") in capsys.readouterr().out
+    with np.load(tmp_path / "samples.npz") as file:
+        assert file["arr_0"].shape == (12, 16, 16, 3)
+        assert file["labels"].tolist() == [7] * 6 + [2] * 6
+        whole = file["arr_0"]
+    assert run("sample", trained, "--count", 12, "--labels", 7, 2, "--batch-size", 12, "--out", tmp_path) == 0
+    with np.load(tmp_path / "samples.npz") as file:
+        assert np.abs(file["arr_0"].astype(int) - whole).max() <= 1
+
+
+def test_samples_land_in_the_run_and_are_measured(tmp_path, capsys):
+    size = ["--model.image-size", "32", "--steps", 1, "--sampling.steps", 1]
+    assert run("train", "--out", tmp_path / "run", *TINY, *size, "--data", "digits") == 0
+    assert run("sample", tmp_path / "run", "--count", 10) == 0
+    assert run("evaluate", tmp_path / "run") == 0
+    assert "of 10 samples" in capsys.readouterr().out
+    assert '"images": 10' in (tmp_path / "run" / "metrics.json").read_text()
+
+
+def test_size_then_overrides(tmp_path):
+    assert run("train", "--out", tmp_path / "r", *TINY, "--steps", 1, "--model.head", "linear", "--clip", "None") == 0
+    config = (tmp_path / "r" / "config.json").read_text()
+    assert '"head": "linear"' in config
+    assert '"width": 64' in config
+
+
+def test_data_shows_a_contact_sheet(tmp_path, capsys):
+    assert run("data", "digits", "--show", "--out", tmp_path / "sheet.png") == 0
+    out = capsys.readouterr().out
+    assert "5000 images of 1x32x32" in out
+    assert "  7: 500" in out
+    assert (tmp_path / "sheet.png").stat().st_size > 10_000
+
+
+def folder_with_text_image(tmp_path):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "images" / "a" / "text.png").write_text("I am a text")
+    return tmp_path / "images"
+
+
+BAD_TRAINING = {
+    "image size": (["--model.image-size", "20"], "image size 20x20 does not fit patches of 8"),
+    "steps": (["--steps", "0"], "steps is 0"),
+    "data": (["--data", "minst"], "data set 'minst' is unknown; known: digits, synthetic, folder:PATH"),
+    "size": (["--size", "Q/16"], "model size 'Q/16' is unknown; known sizes: nano/8"),
+    "recipe": (["--recipe", "magic"], "recipe 'magic' is unknown; known recipes: imagenet-256"),
+    "solver": (["--sampling.solver", "dopri5"], "solver 'dopri5' is unknown; known solvers: euler"),
+    "interval": (["--sampling.interval", "0.9", "0.1"], "guidance interval (0.9, 0.1)"),
+    "missing folder": (["--data", "folder:/nowhere"], "folder /nowhere does not exist"),
+}
+
+
+@pytest.mark.parametrize(("flags", "sentence"), BAD_TRAINING.values(), ids=BAD_TRAINING.keys())
+def test_bad_training_input(tmp_path, capsys, flags, sentence):
+    assert run("train", "--out", tmp_path / "run", *TINY, *flags) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.startswith("pixnerd: ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_named_png(tmp_path, capsys):
+    images = folder_with_text_image(tmp_path)
+    assert run("train", "--out", tmp_path / "run", *TINY, "--data", f"folder:{images}") == 2
+    assert "text.png is not an image" in capsys.readouterr().err
+
+
+def test_another_run_in_the_folder(trained, capsys):
+    assert run("train", "--out", trained, *TINY, "--steps", 4, "--seed", 3) == 2
+    assert (
+        "already holds another run (sampling.steps 2 there, 100 asked for; seed 0 there, 3" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--labels", "11"], "label 11 is outside 0 … 10"),
+        (["--steps", "0"], "steps is 0"),
+        (["--interval", "0.5", "0.5"], "guidance interval (0.5, 0.5)"),
+        (["--solver", "rk4"], "solver 'rk4' is unknown"),
+        (["--count", "0"], "count is 0"),
+    ],
+)
+def test_bad_sampling_input(trained, capsys, flags, sentence):
+    assert run("sample", trained, *flags) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_truncated_checkpoint(tmp_path, capsys):
+    assert run("train", "--out", tmp_path / "run", *TINY, "--steps", 1) == 0
+    path = tmp_path / "run/checkpoints/step-1/ema.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+    assert run("sample", tmp_path / "run") == 2
+    assert "ema.safetensors is damaged" in capsys.readouterr().err
+
+
+def test_nothing_there(tmp_path, capsys):
+    assert run("sample", tmp_path / "gone") == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "data"])
+def test_every_command_explains_itself(command, capsys):
+    assert run(command, "--help") == 0
+    out = capsys.readouterr().out
+    assert "usage: pixnerd" in out
+    assert len(out) > 300
+
+
+def test_as_a_module_without_traceback(tmp_path):
+    command = [sys.executable, "-m", "pixnerd", "train", "--data", "minst", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2
+    assert done.stderr.strip().startswith("pixnerd: data set 'minst' is unknown")

@@ -1,0 +1,119 @@
+import itertools
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pixnerd import InputError, PixNerd, load_released, sample
+from pixnerd.sampling import sample_noise, trajectory
+
+GOLDEN = "tests/golden/class_p4"
+
+
+class Recorder(PixNerd):
+    """Remembers (t, batch size) of every call."""
+
+    def forward(self, x, t, labels):
+        self.calls.append((round(float(t[0]), 6), len(x)))
+        return super().forward(x, t, labels)
+
+
+@pytest.fixture
+def recorder(tiny):
+    tiny.__class__ = Recorder
+    tiny.calls = []
+    return tiny
+
+
+def test_released_weights_give_the_released_sample():
+    golden = load_file(f"{GOLDEN}.safetensors")
+    model = load_released(f"{GOLDEN}.ckpt")
+    x = sample(model, golden["labels"], noise=golden["noise"], steps=6, guidance=3.5, interval=(0.1, 1.0))
+    expected = golden["euler_steps6_cfg3.5_interval0.1-1.0"]
+    assert (expected - golden["noise"]).std() > 0.1
+    assert (x - expected).abs().max() < 1e-4
+
+
+def test_no_unconditional_half_outside_the_interval(recorder):
+    sample(recorder, [0, 1], steps=10, guidance=2.0, interval=(0.2, 0.7))
+    assert recorder.calls == [(i / 10, 4 if i in (3, 4, 5, 6) else 2) for i in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({"guidance": 1.0}, [2, 2, 2, 2]),
+        ({"guidance": 2.0, "interval": None}, [4, 4, 4, 4]),
+        ({"guidance": 2.0, "interval": (0, 1)}, [2, 4, 4, 4]),  # strictly inside, so not at t = 0
+        ({"guidance": 0.0, "interval": None}, [4, 4, 4, 4]),
+    ],
+)
+def test_where_guidance_costs(recorder, options, sizes):
+    sample(recorder, [0, 1], steps=4, **options)
+    assert [size for _, size in recorder.calls] == sizes
+
+
+def test_guidance_is_the_formula_and_the_interval_uses_shifted_times(tiny):
+    noise = sample_noise((3, 16, 16), [0, 1])
+    labels, no_label = torch.tensor([1, 4]), torch.tensor([5, 5])
+    x, times = noise, [0, 0.25 / 2.5, 0.5 / 2, 0.75 / 1.5, 1]  # i/4 with shift 3
+    with torch.no_grad():
+        for t, t_next in itertools.pairwise(times):
+            conditional, unconditional = (tiny(x, torch.full((2,), t), y) for y in (labels, no_label))
+            w = 2.5 if 0.1 < t < 0.4 else 1
+            x = x + (t_next - t) * (unconditional + w * (conditional - unconditional))
+    got = sample(tiny, labels, noise=noise, steps=4, guidance=2.5, interval=(0.1, 0.4), shift=3.0)
+    torch.testing.assert_close(got, x, atol=1e-4, rtol=1e-4)
+
+
+def test_an_image_does_not_depend_on_its_batch(tiny):
+    labels = [0, 1, 2, 3, 4, 0, 1, 2]
+    together = sample(tiny, labels, steps=3, seed=5)
+    alone = sample(tiny, labels[7:], steps=3, noise=sample_noise((3, 16, 16), [7], seed=5))
+    torch.testing.assert_close(together[7:], alone, atol=1e-4, rtol=1e-4)
+    other = sample(tiny, labels, steps=3, seed=6)
+    assert not torch.allclose(together, other, atol=0.1)
+
+
+def test_noise_is_standard_normal_and_differs():
+    noise = sample_noise((3, 32, 32), range(20))
+    assert noise.mean().abs() < 0.02
+    assert noise.std() == pytest.approx(1, abs=0.02)
+    correlation = torch.corrcoef(noise.flatten(1)) - torch.eye(20)
+    assert correlation.abs().max() < 0.1
+
+
+def test_trajectory_ends_where_sample_ends(tiny):
+    states = list(trajectory(tiny, [0, 1], steps=5, guidance=2.0))
+    assert [state.step for state in states] == [1, 2, 3, 4, 5]
+    assert [state.t for state in states] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert states[-1].x.equal(sample(tiny, [0, 1], steps=5, guidance=2.0))
+    # the last Euler step goes all the way to the image it was heading for
+    torch.testing.assert_close(states[-1].x, states[-1].image)
+    assert not torch.allclose(states[1].x, states[1].image)
+
+
+def test_sampling_builds_no_graph_and_takes_other_sizes(tiny):
+    x = sample(tiny, [0], steps=2, size=(8, 24))
+    assert x.shape == (1, 3, 8, 24)
+    assert not x.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "sentence"),
+    [
+        ([0], {"steps": 0}, "steps is 0"),
+        ([0], {"interval": (0.8, 0.2)}, r"interval \(0.8, 0.2\)"),
+        ([0], {"interval": (-0.1, 0.2)}, r"0 ≤ low < high ≤ 1"),
+        ([0], {"solver": "dopri5"}, "solver 'dopri5' is unknown; known solvers: euler"),
+        ([6], {}, "label 6 is outside 0 … 5"),
+        ([-1], {}, "label -1"),
+        ([], {}, "at least one class"),
+        ([0], {"size": (16, 18)}, "16x18 does not fit"),
+        ([0, 1], {"noise": torch.zeros(1, 3, 16, 16)}, "noise is for 1 images and labels are for 2"),
+        ([0], {"noise": torch.zeros(1, 3, 16, 16), "size": (8, 8)}, "disagree"),
+    ],
+)
+def test_bad_input_is_refused_at_the_call(tiny, labels, options, sentence):
+    with pytest.raises(InputError, match=sentence):
+        trajectory(tiny, labels, **options)  # not iterated: nothing may be computed first

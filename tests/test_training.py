@@ -1,0 +1,262 @@
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from pixnerd import InputError, ModelConfig, flow, load, training
+from pixnerd.model import PixNerd
+from pixnerd.runs import Run
+from pixnerd.training import DataOrder, NonFiniteLoss, TrainConfig, draw_step, train
+
+from .plain import network
+
+CPU = torch.device("cpu")
+MODEL = ModelConfig(width=16, heads=2, blocks=1, patch_size=8, image_size=16, field_width=4, field_blocks=1)
+
+
+def config_for(folder, **changes):
+    defaults = {
+        "out": str(folder),
+        "data": "synthetic",
+        "model": MODEL,
+        "steps": 12,
+        "batch_size": 8,
+        "learning_rate": 1e-2,
+        "ema_decay": 0.9,
+        "log_every": 4,
+        "checkpoint_every": 5,
+        "horizontal_flip": True,
+        "clip": 1.0,
+    }
+    return TrainConfig(**{**defaults, **changes})
+
+
+def final_files(folder):
+    checkpoint = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
+    return {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run that nobody interrupted: its folder and its losses."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    return folder, [float(record.loss) for record in train(config_for(folder), CPU)]
+
+
+@pytest.mark.parametrize("stops", [(7,), (1, 2, 11)], ids=["once", "often"])
+def test_stopped_and_resumed_is_the_same_run(tmp_path, straight, stops):
+    folder, losses = tmp_path / "run", []
+    for stop in (*stops, None):
+        for record in train(config_for(folder), CPU):
+            losses.append(float(record.loss))
+            if record.step == stop:
+                break
+    assert losses == straight[1]
+    assert final_files(folder) == final_files(straight[0])  # model, EMA and optimiser, bit for bit
+    assert [entry["step"] for entry in Run(folder).read_log()] == [4, 8, 12]
+
+
+def test_a_crash_between_checkpoints_loses_only_what_came_after(tmp_path, straight):
+    """A killed process writes nothing any more: what is on the disk is the last checkpoint and a longer log."""
+    folder = tmp_path / "run"
+    records = train(config_for(folder), CPU)
+    for record in records:
+        if record.step == 9:
+            break
+    killed = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    records.close()
+    for path in folder.rglob("*"):
+        if path.is_file() and path not in killed:
+            path.unlink()
+    for path, content in killed.items():
+        path.write_bytes(content)
+    for path in (folder / "checkpoints").iterdir():
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+    assert [record.step for record in train(config_for(folder), CPU)] == list(range(6, 13))
+    assert final_files(folder) == final_files(straight[0])
+    assert [entry["step"] for entry in Run(folder).read_log()] == [4, 8, 12]
+
+
+def test_a_finished_run_has_nothing_to_do(straight):
+    assert list(train(config_for(straight[0]), CPU)) == []
+
+
+def test_training_learns(tmp_path):
+    losses = [float(r.loss) for r in train(config_for(tmp_path / "run", steps=150, checkpoint_every=150), CPU)]
+    assert sum(losses[-20:]) < 0.75 * sum(losses[:20])
+
+
+def test_one_step_is_adamw_on_the_loss(tmp_path):
+    """The first step by hand: the loss from the drawn noise, times and labels; AdamW's first step is lr·sign(g)."""
+    config = config_for(tmp_path / "run", steps=1, clip=None, label_dropout=0.5)
+    record = next(iter(train(config, CPU)))
+    after = load(tmp_path / "run", weights="model")
+    with torch.random.fork_rng():
+        torch.manual_seed(training.derived_seed(0, training.Purpose.INITIAL_WEIGHTS))
+        before = PixNerd(MODEL, 10)
+    dataset = training.data.load("synthetic", 16)
+    indices = next(iter(DataOrder(len(dataset), config, 0)))
+    draws = draw_step(config, 0, range(8), (3, 16, 16), CPU)
+    images = torch.stack([dataset[i][0].flip(-1) if f else dataset[i][0] for i, f in zip(indices, draws.flipped)])  # noqa: B905
+    labels = torch.tensor([10 if d else dataset[i][1] for i, d in zip(indices, draws.dropped)])  # noqa: B905
+    t = draws.t.view(-1, 1, 1, 1)
+    x_t = t * images + (1 - t) * draws.noise
+    v = network(dict(before.named_parameters()), MODEL, x_t, draws.t, labels)
+    loss = (v - (images - draws.noise)).square().mean()
+    torch.testing.assert_close(record.loss, loss.detach())
+    (gradient,) = torch.autograd.grad(loss, before.head.out.weight)
+    torch.testing.assert_close(after.head.out.weight, -config.learning_rate * gradient.sign(), atol=1e-5, rtol=1e-3)
+    assert 0 < draws.dropped.sum() < 8
+    assert 0 < draws.flipped.sum() < 8
+
+
+def test_ema_is_the_weighted_sum_of_all_weights(tmp_path):
+    weights = []
+    config = config_for(tmp_path / "run", steps=6, checkpoint_every=1, keep_checkpoints=6)
+    for record in train(config, CPU):
+        weights.append(load(tmp_path / "run" / "checkpoints" / f"step-{record.step}", weights="model")) if (
+            tmp_path / "run" / "checkpoints" / f"step-{record.step}"
+        ).exists() else None
+    assert len(weights) == 6
+    expected = weights[0].patch_embed.weight
+    for model in weights[1:]:
+        expected = 0.9 * expected + 0.1 * model.patch_embed.weight
+    averaged = load(tmp_path / "run").patch_embed.weight
+    torch.testing.assert_close(averaged, expected)
+    assert not torch.allclose(averaged, weights[-1].patch_embed.weight, atol=1e-4)
+    assert averaged.dtype == torch.float32
+
+
+def test_draws_belong_to_positions_of_the_global_batch():
+    config = config_for("unused")
+    whole = draw_step(config, 3, range(8), (3, 4, 4), CPU)
+    halves = [draw_step(config, 3, positions, (3, 4, 4), CPU) for positions in (range(4), range(4, 8))]
+    for name in whole._fields:
+        joined = torch.cat([getattr(half, name) for half in halves])
+        assert getattr(whole, name).equal(joined), name
+    later = draw_step(config, 4, range(8), (3, 4, 4), CPU)
+    assert not torch.isclose(whole.noise, later.noise).any()
+    assert not torch.isclose(whole.t, later.t).any()
+
+
+def test_draws_have_the_stated_distributions():
+    config = config_for("unused", label_dropout=0.1)
+    draws = [draw_step(config, step, range(64), (1, 4, 4), CPU) for step in range(60)]
+    noise, t, dropped, flipped = (torch.cat(parts) for parts in zip(*draws, strict=True))
+    assert noise.mean().abs() < 0.02
+    assert noise.std() == pytest.approx(1, abs=0.02)
+    assert torch.logit(t).mean().abs() < 0.06
+    assert torch.logit(t).std() == pytest.approx(1, abs=0.05)
+    assert dropped.double().mean() == pytest.approx(0.1, abs=0.02)
+    assert flipped.double().mean() == pytest.approx(0.5, abs=0.04)
+    assert torch.corrcoef(torch.stack((torch.logit(t), dropped.float(), flipped.float())))[0, 1:].abs().max() < 0.06
+
+
+def test_every_image_once_an_epoch_and_resuming_keeps_the_order():
+    config = config_for("unused", batch_size=7, steps=40)
+    order = [i for indices in DataOrder(20, config, 0) for i in indices]
+    epochs = [order[i : i + 20] for i in range(0, 280, 20)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert [i for indices in DataOrder(20, config, 11) for i in indices] == order[77:]
+
+
+def test_learning_rate_schedule():
+    config = config_for("unused", learning_rate=2.0, warmup_steps=4, steps=10, decay="linear")
+    assert [training.learning_rate(config, step) for step in (0, 1, 5, 9)] == pytest.approx([0.5, 0.9, 1.0, 0.2])
+    constant = dataclasses.replace(config, decay="constant", warmup_steps=0)
+    assert {training.learning_rate(constant, step) for step in range(10)} == {2.0}
+
+
+def test_log_holds_the_mean_loss_and_the_loss_by_t(tmp_path, straight):
+    folder, losses = straight
+    log = Run(folder).read_log()
+    assert [entry["loss"] for entry in log] == pytest.approx([sum(losses[i : i + 4]) / 4 for i in (0, 4, 8)], rel=1e-5)
+    config = config_for(folder)
+    times = torch.cat([draw_step(config, step, range(8), (3, 16, 16), CPU).t for step in range(4)])
+    counts = torch.bincount((10 * times).long(), minlength=10)
+    by_t = log[0]["loss_by_t"]
+    assert [entry is None for entry in by_t] == [n == 0 for n in counts]
+    total = sum(float(n) * (entry or 0) for n, entry in zip(counts, by_t, strict=True))
+    assert total / 32 == pytest.approx(log[0]["loss"], rel=1e-4)
+    assert all(entry["images_per_second"] > 0 for entry in log)
+
+
+def test_non_finite_loss_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    calls = 0
+    true_loss = flow.loss
+
+    def loss(*args):
+        nonlocal calls
+        calls += 1
+        losses = true_loss(*args)
+        return losses._replace(mean=losses.mean * math.nan) if calls == 8 else losses
+
+    monkeypatch.setattr(flow, "loss", loss)
+    with pytest.raises(NonFiniteLoss, match="loss of step 8 is not finite; step 5 is kept"):
+        list(train(config_for(tmp_path / "run"), CPU))
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step-5\n"
+    assert load(tmp_path / "run").patch_embed.weight.isfinite().all()
+
+
+def test_unreadable_image_is_named_and_the_steps_done_are_kept(tmp_path, monkeypatch):
+    def batch(self, indices):
+        if 3 in indices:
+            raise InputError("image 3 cannot be read")
+        return original(self, indices)
+
+    original = training.data.Synthetic.batch
+    monkeypatch.setattr(training.data.Synthetic, "batch", batch)
+    config = config_for(tmp_path / "run", steps=200, checkpoint_every=200)
+    fatal = next(step for step, indices in enumerate(DataOrder(1000, config, 0)) if 3 in indices)
+    with pytest.raises(InputError, match="image 3 cannot be read"):
+        list(train(config, CPU))
+    assert (tmp_path / "run/checkpoints/latest").read_text() == f"step-{fatal}\n"
+
+
+def test_bfloat16_stays_near_float32(tmp_path):
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        config = config_for(tmp_path / precision, precision=precision, steps=20)
+        losses[precision] = [float(record.loss) for record in train(config, CPU)]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.03)
+    assert losses["bfloat16"] != losses["float32"]
+    assert load(tmp_path / "bfloat16").patch_embed.weight.dtype == torch.float32
+
+
+def test_config_survives_json(tmp_path):
+    config = config_for(tmp_path, sampling=training.SamplingConfig(steps=3, interval=None))
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"label_dropout": 1.5}, "label_dropout is 1.5"),
+        ({"ema_decay": -0.1}, "ema_decay is -0.1"),
+        ({"clip": 0.0}, "clip is 0.0"),
+        ({"warmup_steps": -1}, "warmup_steps is -1"),
+        ({"data": "cifar"}, "data set 'cifar' is unknown; known: digits, synthetic, folder:PATH"),
+        ({"data": "folder:/nowhere"}, "/nowhere does not exist"),
+    ],
+)
+def test_bad_configuration_is_refused_before_anything_is_written(tmp_path, changes, sentence):
+    with pytest.raises(InputError, match=sentence):
+        train(config_for(tmp_path / "run", **changes), CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_runs_folder_is_refused(tmp_path, straight):
+    with pytest.raises(InputError, match="already holds another run .*learning_rate 0.01 there, 0.5 asked for"):
+        train(config_for(straight[0], learning_rate=0.5), CPU)
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        train(config_for(tmp_path), CPU)
+    with pytest.raises(InputError, match="is a file"):
+        train(config_for(tmp_path / "letter.txt"), CPU)
