@@ -27,7 +27,7 @@ from .model import SIZES
 from .randomness import Purpose, generator
 from .recipes import RECIPES
 from .runs import Run
-from .sampling import SamplingConfig, sample_noise, trajectory
+from .sampling import SamplingConfig, sample_batches
 from .training import NonFiniteLoss, TrainConfig, default_device, train
 
 
@@ -74,9 +74,8 @@ class Sample:
     """folder for samples.png and samples.npz; by default the run's"""
 
     def run(self) -> None:
-        for name in ("count", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it has to be at least 1")
+        if self.count < 1:
+            raise InputError(f"count is {self.count}; it has to be at least 1")
         run = Run(self.run_folder)
         names = (field.name for field in dataclasses.fields(SamplingConfig))
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -86,16 +85,9 @@ class Sample:
         classes = self.labels or tuple(range(model.num_classes))
         each = -(-self.count // len(classes))  # rounded up
         labels = torch.tensor(classes).repeat_interleave(each)[: self.count]
-        shape = (model.config.channels, model.config.image_size, model.config.image_size)
-        batches = torch.arange(self.count).split(self.batch_size)
-        images = []
-        with tqdm(total=len(batches) * sampling.steps, unit="step") as bar:
-            for indices in batches:
-                noise = sample_noise(shape, indices.tolist(), self.seed)
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    for state in trajectory(model, labels[indices], noise=noise, **dataclasses.asdict(sampling)):
-                        bar.update()
-                images.append(state.x)
+        batches = sample_batches(model, labels, sampling, seed=self.seed, batch_size=self.batch_size)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            images = list(tqdm(batches, total=-(-self.count // self.batch_size), unit="batch"))
         target = Run(self.out or run.folder)
         target.folder.mkdir(parents=True, exist_ok=True)
         target.save_samples(torch.cat(images), labels, columns=min(each, 20))

@@ -50,7 +50,10 @@ def rotary_table(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn adjacent channel pairs (a, b) → (a cos φ − b sin φ, a sin φ + b cos φ). x [B, H, N, E]; cos, sin [N, E/2]."""
+    """Turn adjacent channel pairs: (a, b) → (a cos φ − b sin φ, a sin φ + b cos φ).
+
+    x [B, H, N, E]; cos and sin of the angles [N, E/2], see `rotary_table`.
+    """
     a, b = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)  # [B, H, N, E/2] each
     turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)  # [B, H, N, E/2, 2]
     return turned.flatten(-2).type_as(x)

@@ -10,41 +10,34 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from .data import to_uint8
 
-
-def _show(axis: plt.Axes, image: Tensor) -> None:
-    """Draw one image [C, H, W] without ticks, every pixel a square."""
-    pixels = to_uint8(image.cpu()).permute(1, 2, 0).numpy()  # [H, W, C]
-    axis.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=255)
-    axis.set(xticks=[], yticks=[])
-    axis.spines[:].set_visible(False)
+GAP = 2  # pixels between images
 
 
 def image_table(
-    images: Tensor, columns: int, row_titles: Sequence[str] = (), column_titles: Sequence[str] = (), side: float = 0.7
+    images: Tensor, columns: int, row_titles: Sequence[str] = (), column_titles: Sequence[str] = (), side: float = 0.5
 ) -> Figure:
-    """A table of images, row by row; `side` is an image's width in inches."""
+    """A table of images, row by row, `side` inches each; every pixel is drawn as a square."""
+    height, width = images.shape[2:]
     rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(columns * side, rows * side), squeeze=False, layout="constrained"
-    )
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-    for axis in axes.flat[len(images) :]:
-        axis.set_axis_off()
-    for axis, image in zip(axes.flat, images, strict=False):
-        _show(axis, image)
-    for axis, title in zip(axes[:, 0], row_titles, strict=False):
-        axis.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
-    for axis, title in zip(axes[0], column_titles, strict=False):
-        axis.set_title(title, fontsize=9)
-    plt.close(figure)
+    grid = make_grid(to_uint8(images.cpu()), nrow=columns, padding=GAP, pad_value=255)  # [3, rows·…, columns·…]
+    size = (columns * side + 0.8, rows * side * height / width + 0.4)  # the rest is for the titles
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0, labelsize=9, labelbottom=False, labeltop=True)
+    centres = GAP + (np.arange(max(rows, columns)) + 0.5)[:, None] * (np.array([height, width]) + GAP) - GAP / 2 - 0.5
+    axis.set_yticks(centres[: len(row_titles), 0], row_titles)
+    axis.set_xticks(centres[: len(column_titles), 1], column_titles)
+    plt.close(figure)  # whoever asked for it displays it, once
     return figure
 
 
 def loss_curve(log: Sequence[dict[str, Any]]) -> Figure:
-    """The loss over the steps of a log.jsonl, and, on the right, by tenth of t in its last quarter."""
+    """The loss over the steps of a log.jsonl, and, on the right, by tenth of t over its last quarter."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
     left.plot([entry["step"] for entry in log], [entry["loss"] for entry in log])
     left.set(xlabel="step", ylabel="mean (v̂ − v)²", yscale="log", title="loss")

@@ -39,7 +39,7 @@ RECIPES = Recipes(
 
 
 def quickstart() -> TrainConfig:
-    """The digits recipe for this machine: a GPU's when there is one; on a CPU compiled and in bfloat16 where that helps."""
+    """The digits recipe for this machine: the GPU's, or the CPU's, compiled and in bfloat16 where the CPU can."""
     if default_device().type == "cuda":
         return RECIPES["digits-gpu"]
     return dataclasses.replace(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -92,13 +93,13 @@ class Run:
         grid = make_grid(pixels, nrow=columns, padding=2, pad_value=128)
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(self.folder / "samples.png")
 
-    def load_samples(self) -> tuple[np.ndarray, np.ndarray]:
-        """(uint8 [B, H, W, 3], labels [B]) from samples.npz. Raises InputError when there is none."""
+    def load_samples(self) -> tuple[Tensor, Tensor]:
+        """(uint8 [B, 3, H, W], labels [B]) from samples.npz. Raises InputError when there is none."""
         path = self.folder / "samples.npz"
         if not path.is_file():
             raise InputError(f"{path} does not exist: run `pixnerd sample {self.folder}` first")
         with np.load(path) as file:
-            return file["arr_0"], file["labels"]
+            return torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(file["labels"])
 
     def save_metrics(self, metrics: dict[str, Any]) -> None:
         """Write metrics.json."""

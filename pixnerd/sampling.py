@@ -3,6 +3,8 @@
 t = 0 is noise and t = 1 is data. Dimension letters: B images, C channels, H × W pixels.
 """
 
+import dataclasses
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -134,8 +136,22 @@ def _follow(model: PixNerd, labels: Tensor, noise: Tensor, config: SamplingConfi
         yield State(step, times[step], x, image)
 
 
+def sample_batches(
+    model: PixNerd, labels: Tensor, config: SamplingConfig, *, seed: int = 0, batch_size: int = 64
+) -> Iterator[Tensor]:
+    """Many images of the model's own size, batch by batch [≤ batch_size, C, H, W]; image i starts at noise (seed, i).
+
+    Args: see `trajectory`. Raises InputError before the first batch.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it has to be at least 1")
+    check_labels(labels, model.num_classes)
+    shape = (model.config.channels, model.config.image_size, model.config.image_size)
+    for indices in torch.arange(len(labels)).split(batch_size):
+        noise = sample_noise(shape, indices.tolist(), seed)
+        yield sample(model, labels[indices], noise=noise, **dataclasses.asdict(config))
+
+
 def sample(model: PixNerd, labels: Tensor | Sequence[int], **options) -> Tensor:
     """The images [B, C, H, W], about [−1, 1], at the end of `trajectory(model, labels, **options)`."""
-    for state in trajectory(model, labels, **options):
-        pass
-    return state.x
+    return deque(trajectory(model, labels, **options), maxlen=1).pop().x

@@ -18,7 +18,10 @@ Solver = Callable[[Velocity, Tensor, list[float]], Iterator[Tensor]]
 
 
 def time_grid(steps: int, shift: float = 1.0) -> list[float]:
-    """t_i = i/n for i = 0 … n, shifted as a whole: steps + 1 times from 0 to 1; shift > 1 spends more steps on noise."""
+    """t_i = i/n for i = 0 … n, shifted as a whole: steps + 1 times from 0 to 1.
+
+    A shift above 1 spends more of the steps near the noise.
+    """
     if steps < 1:
         raise InputError(f"steps is {steps}; sampling needs at least 1")
     if shift <= 0:

@@ -11,9 +11,11 @@ def test_samples_are_written_as_uint8_nhwc_with_labels(tmp_path):
     images = torch.tensor([-1.0, 0.0, 1.0, 3.0]).view(4, 1, 1, 1).expand(4, 3, 8, 8)
     run = Run(tmp_path)
     run.save_samples(images, torch.tensor([3, 1, 0, 2]), columns=2)
+    with np.load(tmp_path / "samples.npz") as file:
+        assert file["arr_0"].dtype == np.uint8
+        assert file["arr_0"].shape == (4, 8, 8, 3)
     pixels, labels = run.load_samples()
-    assert pixels.dtype == np.uint8
-    assert pixels.shape == (4, 8, 8, 3)
+    assert pixels.shape == (4, 3, 8, 8)
     assert pixels[:, 0, 0, 0].tolist() == [0, 128, 255, 255]
     assert labels.tolist() == [3, 1, 0, 2]
     grid = np.array(Image.open(tmp_path / "samples.png"))
@@ -26,8 +28,8 @@ def test_grey_samples_become_three_equal_channels(tmp_path):
     run = Run(tmp_path)
     run.save_samples(torch.rand(2, 1, 4, 4) * 2 - 1, torch.tensor([0, 1]), columns=2)
     pixels, _ = run.load_samples()
-    assert pixels.shape == (2, 4, 4, 3)
-    assert (pixels[..., :1] == pixels).all()
+    assert pixels.shape == (2, 3, 4, 4)
+    assert (pixels[:, :1] == pixels).all()
 
 
 def test_log_is_cut_at_a_step_and_a_half_line_is_left_out(tmp_path):
