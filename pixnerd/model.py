@@ -93,7 +93,7 @@ SIZES = Sizes(
     {
         # for laptops and tests: 32-pixel images
         "nano/8": ModelConfig(64, heads=2, blocks=2, patch_size=8, image_size=32, field_width=16, field_blocks=1),
-        "micro/8": ModelConfig(128, heads=4, blocks=4, patch_size=8, image_size=32, field_width=16),
+        "micro/8": ModelConfig(128, heads=4, blocks=4, patch_size=8, image_size=32, field_width=16, field_blocks=1),
         "small/8": ModelConfig(384, heads=6, blocks=8, patch_size=8, image_size=32, field_width=32),
         # published (arXiv 2507.23268): 452 M and 701 M parameters, and the baseline the paper sets beside L/16
         "L/16": ModelConfig(width=1024, heads=16, blocks=22, field_blocks=2),
