@@ -22,7 +22,7 @@ $(READY): requirements.lock pyproject.toml
 quickstart: setup
 	mkdir -p runs/quickstart
 	$(BIN)/papermill notebooks/00_quickstart.ipynb runs/quickstart/quickstart.ipynb \
-	    --cwd . --kernel python3 --no-progress-bar --log-output --autosave-cell-every 30
+	    --cwd notebooks --kernel python3 --no-progress-bar --log-output --autosave-cell-every 30
 	@echo
 	@echo "Look at:    runs/quickstart/samples.png"
 	@echo "Read:       runs/quickstart/quickstart.ipynb   (make lab opens JupyterLab)"

@@ -23,7 +23,10 @@ def image_table(
     """A table of images, row by row, `side` inches each; every pixel is drawn as a square."""
     height, width = images.shape[2:]
     rows = -(-len(images) // columns)
-    grid = make_grid(to_uint8(images.cpu()), nrow=columns, padding=GAP, pad_value=255)  # [3, rows·…, columns·…]
+    pixels = to_uint8(images.cpu())
+    if pixels.shape[1] == 1:  # 32 greys look the same and make the file a third as large
+        pixels = (pixels.float() / 255 * 31).round().mul(255 / 31).to(pixels.dtype)
+    grid = make_grid(pixels, nrow=columns, padding=GAP, pad_value=255)  # [3, rows·…, columns·…]
     size = (columns * side + 0.8, rows * side * height / width + 0.4)  # the rest is for the titles
     figure, axis = plt.subplots(figsize=size, layout="constrained")
     axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -39,8 +42,10 @@ def image_table(
 def loss_curve(log: Sequence[dict[str, Any]]) -> Figure:
     """The loss over the steps of a log.jsonl, and, on the right, by tenth of t over its last quarter."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
-    left.plot([entry["step"] for entry in log], [entry["loss"] for entry in log])
-    left.set(xlabel="step", ylabel="mean (v̂ − v)²", yscale="log", title="loss")
+    losses = [entry["loss"] for entry in log]
+    left.plot([entry["step"] for entry in log], losses)
+    top = 3 * float(np.median(losses))  # the first steps' fall would flatten all that follows
+    left.set(xlabel="step", ylabel="mean (v̂ − v)²", ylim=(0, top), title="loss")
     last = log[-max(1, len(log) // 4) :]
     by_t = np.array([entry["loss_by_t"] for entry in last], dtype=float)  # None → nan
     known = ~np.isnan(by_t).all(axis=0)
