@@ -23,7 +23,7 @@ RECIPES = Recipes(
         "digits-cpu": TrainConfig(
             data="digits",
             model=dataclasses.replace(SIZES["micro/8"], channels=1, prediction="x"),
-            steps=2600,
+            steps=2400,
             batch_size=64,
             learning_rate=4e-3,
             warmup_steps=50,
