@@ -161,9 +161,9 @@ def parse(arguments: Sequence[str]) -> Train | Sample | Evaluate | Data:
                 if isinstance(cause, InputError):
                     raise cause from None
                 cause = cause.__context__
-            reason = printed.getvalue()
-    print(reason, end="", file=sys.stderr)  # tyro's own words: an unknown flag, a wrong type, a wrong choice
-    sys.exit(2)
+            code, words = stop.code, printed.getvalue()
+    print(words, end="", file=sys.stderr)  # tyro's own: an unknown flag, a wrong type, a wrong choice; --help has none
+    sys.exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

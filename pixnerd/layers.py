@@ -31,17 +31,17 @@ class RMSNorm(nn.RMSNorm):
 
 @functools.lru_cache(maxsize=32)
 def rotary_table(
-    rows: int, columns: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    rows: int, columns: int, ends: tuple[float, float], head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every rotary angle, each [N, E/2], tokens row-major.
 
     Frequencies ω_k = 10000^(−4k/E), k = 0 … E/4 − 1. Channel pair 2k turns by x·ω_k and pair 2k+1 by y·ω_k, where
-    x (column) and y (row) run over linspace(0, 16) with both ends included, however many tokens there are: a finer
-    grid interpolates the positions a coarser one was trained with. Kept per grid, precision and device.
+    y (row) and x (column) run from 0 to `ends`, both ends included, however many tokens there are: with the same ends
+    a finer grid interpolates the positions a coarser one was trained with. Kept per grid, precision and device.
     """
     with torch.inference_mode(False):  # the table outlives the caller, who may be in inference mode
-        y = torch.linspace(0, 16, rows, dtype=dtype, device=device)
-        x = torch.linspace(0, 16, columns, dtype=dtype, device=device)
+        y = torch.linspace(0, ends[0], rows, dtype=dtype, device=device)
+        x = torch.linspace(0, ends[1], columns, dtype=dtype, device=device)
         omega = 10000.0 ** (-4 / head_dim * torch.arange(head_dim // 4, dtype=dtype, device=device))  # [E/4]
         grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")  # [rows, columns]
         angles = torch.stack((grid_x, grid_y), -1).reshape(-1, 1, 2) * omega[:, None]  # [N, E/4, 2]
@@ -68,7 +68,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Self-attention with RMS-normalised queries and keys, turned by 2-D rotary positions. [B, N, D] → [B, N, D]."""
+    """Self-attention with RMS-normalised queries and keys. [B, N, D] → [B, N, D]."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -78,12 +78,33 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(width // heads)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, text: Tensor | None = None) -> Tensor:
+        """With `rotary` (cosine and sine, [N, E/2] each), queries and keys are turned by their 2-D positions."""
         q, k, v = rearrange(self.qkv(x), "b n (three h e) -> three b h n e", three=3, h=self.heads)
-        q = rotate(self.q_norm(q), cos, sin)  # [B, H, N, E]
-        k = rotate(self.k_norm(k), cos, sin)  # [B, H, N, E]
+        q, k = self.q_norm(q), self.k_norm(k)  # [B, H, N, E]
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if text is not None:
+            text_k, text_v = self.text_keys_values(text)
+            k, v = torch.cat((k, text_k), dim=2), torch.cat((v, text_v), dim=2)  # [B, H, N + L, E]
         x = attend(q, k, v)  # [B, H, N, E]
         return self.proj(rearrange(x, "b h n e -> b n (h e)"))
+
+
+class JointAttention(Attention):
+    """Image tokens look at image and text tokens: keys and values of both, the image's first; queries of the image.
+
+    The text's keys share the image's norm and have no positions to turn by. x [B, N, D], text [B, L, D] → [B, N, D].
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, heads)
+        self.text_kv = nn.Linear(width, 2 * width, bias=False)  # rows k | v
+
+    def text_keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, L, D] → keys and values, [B, H, L, E] each."""
+        k, v = rearrange(self.text_kv(text), "b n (two h e) -> two b h n e", two=2, h=self.heads)
+        return self.k_norm(k), v
 
 
 class SwiGLU(nn.Module):
@@ -107,18 +128,20 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class DiTBlock(nn.Module):
     """x += g₁·Attn(mod(norm x)); x += g₂·SwiGLU(mod(norm x)), the six vectors from one Linear of the condition c."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, attention: Attention, width: int, hidden: int):
         super().__init__()
         self.norm1 = RMSNorm(width)
-        self.attn = Attention(width, heads)
+        self.attn = attention
         self.norm2 = RMSNorm(width)
-        self.mlp = SwiGLU(width, hidden=int(2 / 3 * 4 * width))
+        self.mlp = SwiGLU(width, hidden)
         self.modulation = nn.Linear(width, 6 * width)
 
-    def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [B, N, D], c [B, D], cos and sin [N, E/2] → [B, N, D]."""
+    def forward(
+        self, x: Tensor, c: Tensor, rotary: tuple[Tensor, Tensor] | None = None, text: Tensor | None = None
+    ) -> Tensor:
+        """x [B, N, D], c [B, D]; positions and text [B, L, D] are for the attention → [B, N, D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)  # [B, 1, D] each
-        x = torch.addcmul(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1), cos, sin))
+        x = torch.addcmul(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1), rotary, text))
         return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
 

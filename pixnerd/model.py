@@ -4,6 +4,7 @@ Source: arXiv 2507.23268. Dimension letters: B images, C channels, N patches, P 
 """
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
 
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from .errors import InputError
 from .fields import Encoding, LinearHead, NeuralFieldHead, WeightNorm
-from .layers import DiTBlock, TimeEmbedding, rotary_table
+from .layers import Attention, DiTBlock, TimeEmbedding, rotary_table
 
 Prediction = Literal["v", "x"]
 Recompute = Literal["none", "head"]
@@ -29,6 +30,22 @@ def check_image_size(config: "ModelConfig", height: int, width: int) -> None:
         raise InputError(
             f"image size {height}x{width} does not fit patches of {P}; both sides have to be multiples of {P}"
         )
+
+
+def check_resolution(config: "ModelConfig", size: tuple[int, int], base_resolution: tuple[int, int] | None) -> None:
+    """Raise InputError unless images of `size` can be decoded from tokens of the base resolution."""
+    if base_resolution is None:
+        return check_image_size(config, *size)
+    check_image_size(config, *base_resolution)
+    for side, full, base in zip(("height", "width"), size, base_resolution, strict=True):
+        tokens = base // config.patch_size
+        if full < tokens or full % tokens:
+            raise InputError(
+                f"image {side} {full} cannot be shared by the {tokens} patches of base {side} {base}; "
+                f"it has to be a multiple of {tokens}"
+            )
+    if config.head == "linear" and tuple(size) != tuple(base_resolution):
+        raise InputError(f"a linear head draws at its base resolution alone; {size} is not {base_resolution}")
 
 
 @dataclass(frozen=True)
@@ -68,7 +85,7 @@ class ModelConfig:
     """what the network's last layer means: the velocity x − ε, or the clean image x"""
 
     def __post_init__(self):
-        for name, kind in get_type_hints(ModelConfig).items():
+        for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if kind is int and value < 1:
                 raise InputError(f"model.{name} is {value}; it has to be at least 1")
@@ -111,23 +128,20 @@ def velocity_from_image(image: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     return (image - x_t) / (1 - t).clamp(min=MIN_REMAINING_TIME).view(-1, 1, 1, 1)
 
 
-class PixNerd(nn.Module):
-    """The class-conditional velocity network v(x_t, t, label).
+class PatchDenoiser(nn.Module):
+    """What the class-conditional and the text-to-image network share: patches in, blocks, a head for every patch.
 
     `recompute` ("head" or "none") is whether training decodes the head's pixels again in the backward pass instead of
     keeping every activation; it changes memory and time, never the numbers.
     """
 
-    def __init__(self, config: ModelConfig, num_classes: int, recompute: Recompute = "head"):
+    def __init__(self, config: ModelConfig, blocks: Iterable[DiTBlock], recompute: Recompute):
         super().__init__()
-        if num_classes < 1:
-            raise InputError(f"num_classes is {num_classes}; it has to be at least 1")
-        self.config, self.num_classes, self.recompute = config, num_classes, recompute
+        self.config, self.recompute = config, recompute
         width, patch_size, channels = config.width, config.patch_size, config.channels
         self.patch_embed = nn.Linear(channels * patch_size**2, width)
         self.time_embed = TimeEmbedding(width)
-        self.label_embed = nn.Embedding(num_classes + 1, width)  # the last row is "no label"
-        self.blocks = nn.ModuleList(DiTBlock(width, config.heads) for _ in range(config.blocks))
+        self.blocks = nn.ModuleList(blocks)
         if config.head == "field":
             self.head = NeuralFieldHead(
                 width,
@@ -143,52 +157,91 @@ class PixNerd(nn.Module):
             self.head = LinearHead(width, channels, patch_size)
         nn.init.xavier_uniform_(self.patch_embed.weight)
         nn.init.zeros_(self.patch_embed.bias)
+
+    def rotary_ends(self, rows: int, columns: int) -> tuple[float, float]:
+        """Where the rotary positions of a grid's rows and columns end; always 16 for the class-conditional model."""
+        return 16, 16
+
+    def denoise(
+        self,
+        x: Tensor,
+        t: Tensor,
+        time: Tensor,
+        c: Tensor,
+        base_resolution: tuple[int, int] | None,
+        text: Tensor | None = None,
+    ) -> Tensor:
+        """The velocity [B, C, H, W] at x for times t [B], their embedding [B, D], condition c [B, D], text [B, L, D].
+
+        With a base resolution (h, w), the transformer sees the image resized to it (nearest pixel), and every patch of
+        the head covers P·H/h × P·W/w pixels of the full image, at coordinates resampled over the same range.
+        """
+        P = self.config.patch_size
+        height, width = base_resolution or x.shape[2:]
+        rows, columns = height // P, width // P
+        seen = x if base_resolution is None else F.interpolate(x, base_resolution, mode="nearest")
+        head_dim = self.config.width // self.config.heads
+        precision = torch.promote_types(x.dtype, torch.float32)
+        rotary = rotary_table(rows, columns, self.rotary_ends(rows, columns), head_dim, precision, x.device)
+        tokens = self.patch_embed(rearrange(seen, "b c (h p) (w q) -> b (h w) (c p q)", p=P, q=P))  # [B, N, D]
+        for block in self.blocks:
+            tokens = block(tokens, c, rotary, text)
+        s = F.silu(time[:, None] + tokens).flatten(0, 1)  # [B·N, D]
+        pixels = rearrange(x, "b c (h p) (w q) -> (b h w) (p q) c", h=rows, w=columns)  # [B·N, K, C]
+        patch = x.shape[2] // rows, x.shape[3] // columns
+        pixels = self.head(pixels, s, patch, self.training and self.recompute == "head")
+        out = rearrange(pixels, "(b h w) (p q) c -> b c (h p) (w q)", h=rows, w=columns, p=patch[0])
+        return out if self.config.prediction == "v" else velocity_from_image(out, x, t)
+
+    def check(self, x: Tensor, t: Tensor, condition: Tensor, base_resolution: tuple[int, int] | None) -> None:
+        """Raise InputError unless image, times, condition and base resolution fit this model and one another."""
+        check_resolution(self.config, tuple(x.shape[2:]), base_resolution)
+        if x.shape[1] != self.config.channels:
+            raise InputError(f"images have {x.shape[1]} channels; this model was built for {self.config.channels}")
+        if not len(x) == len(t) == len(condition) or t.ndim != 1:
+            raise InputError(
+                f"times and condition have shapes {tuple(t.shape)} and {tuple(condition.shape)}; "
+                f"both need one entry for each of the {len(x)} images"
+            )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in dataclasses.asdict(self.config).items())
+
+
+class PixNerd(PatchDenoiser):
+    """The class-conditional velocity network v(x_t, t, label). For `recompute` see PatchDenoiser."""
+
+    def __init__(self, config: ModelConfig, num_classes: int, recompute: Recompute = "head"):
+        if num_classes < 1:
+            raise InputError(f"num_classes is {num_classes}; it has to be at least 1")
+        width, hidden = config.width, int(2 / 3 * 4 * config.width)
+        blocks = (DiTBlock(Attention(width, config.heads), width, hidden) for _ in range(config.blocks))
+        super().__init__(config, blocks, recompute)
+        self.num_classes = num_classes
+        self.label_embed = nn.Embedding(num_classes + 1, width)  # the last row is "no label"
         nn.init.normal_(self.label_embed.weight, std=0.02)
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor, base_resolution: tuple[int, int] | None = None) -> Tensor:
         """The velocity at x_t, whatever `config.prediction` is.
 
         Args:
             x: noisy images [B, C, H, W], H and W multiples of the patch size.
             t: times [B] in [0, 1]; 0 is noise, 1 is data.
             labels: classes [B], 0 … num_classes; num_classes itself means "no label".
+            base_resolution: (h, w) that the transformer sees while the head decodes H × W; by default the same.
 
         Returns:
             velocity [B, C, H, W], an estimate of image − noise.
 
         Raises:
-            InputError: a size that the patch does not divide, wrong channels, a label out of range.
+            InputError: sizes that do not fit, wrong channels, a label out of range.
         """
-        self._check(x, t, labels)
-        P = self.config.patch_size
-        rows, columns = x.shape[2] // P, x.shape[3] // P
-        time = self.time_embed(t)  # [B, D]
-        c = F.silu(time + self.label_embed(labels))  # [B, D]
-        precision = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = rotary_table(rows, columns, self.config.width // self.config.heads, precision, x.device)
-        tokens = self.patch_embed(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=P, q=P))  # [B, N, D]
-        for block in self.blocks:
-            tokens = block(tokens, c, cos, sin)
-        s = F.silu(time[:, None] + tokens).flatten(0, 1)  # [B·N, D]
-        pixels = rearrange(x, "b c (h p) (w q) -> (b h w) (p q) c", p=P, q=P)  # [B·N, K, C]
-        pixels = self.head(pixels, s, (P, P), self.training and self.recompute == "head")
-        out = rearrange(pixels, "(b h w) (p q) c -> b c (h p) (w q)", h=rows, w=columns, p=P)
-        return out if self.config.prediction == "v" else velocity_from_image(out, x, t)
-
-    def _check(self, x: Tensor, t: Tensor, labels: Tensor) -> None:
-        check_image_size(self.config, *x.shape[2:])
-        if x.shape[1] != self.config.channels:
-            raise InputError(f"images have {x.shape[1]} channels; this model was built for {self.config.channels}")
-        if t.shape != x.shape[:1] or labels.shape != x.shape[:1]:
-            raise InputError(
-                f"t and labels have shapes {tuple(t.shape)} and {tuple(labels.shape)}; "
-                f"both need one entry for each of the {len(x)} images"
-            )
+        self.check(x, t, labels, base_resolution)
         if labels.device.type == "cpu":  # on an accelerator the look would stall it; sample and train look beforehand
             check_labels(labels, self.num_classes)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in dataclasses.asdict(self.config).items())
+        time = self.time_embed(t)  # [B, D]
+        c = F.silu(time + self.label_embed(labels))  # [B, D]
+        return self.denoise(x, t, time, c, base_resolution)
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:

@@ -1,20 +1,25 @@
 """Solvers: how to follow a velocity field from noise (t = 0) to an image (t = 1) in few steps.
 
-A solver is a generator: given velocity(x, t), a start x and the times t_0 < t_1 < … < t_n, it yields x at t_1 … t_n.
-It never asks for the velocity at t_n. Source: arXiv 2507.23268, section 5.
+A solver is a generator: given velocity(x, t, start), a start x and the times t_0 < t_1 < … < t_n, it yields x at
+t_1 … t_n. `start` is where the step began, which decides about guidance; it differs from t only in Heun's second look.
+No solver asks for the velocity at t_n. Source: arXiv 2507.23268, section 5, and the released code.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import InputError
 from .flow import shift_time
 
-Velocity = Callable[[Tensor, float], Tensor]  # (x [B, ...], t) → velocity [B, ...]
-Solver = Callable[[Velocity, Tensor, list[float]], Iterator[Tensor]]
+Velocity = Callable[[Tensor, float, float], Tensor]  # (x [B, ...], t, start of the step) → velocity [B, ...]
+Draw = Callable[[], Tensor]  # fresh standard normal noise like x; only the stochastic solver asks for it
+Solver = Callable[[Velocity, Tensor, list[float], Draw], Iterator[Tensor]]
 
 
 def time_grid(steps: int, shift: float = 1.0) -> list[float]:
@@ -29,11 +34,87 @@ def time_grid(steps: int, shift: float = 1.0) -> list[float]:
     return shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
 
 
-def euler(velocity: Velocity, x: Tensor, times: list[float]) -> Iterator[Tensor]:
+def euler(velocity: Velocity, x: Tensor, times: list[float], draw: Draw) -> Iterator[Tensor]:
     """x ← x + (t_{i+1} − t_i)·v(x, t_i): one evaluation a step, order 1."""
     for t, t_next in pairwise(times):
-        x = x + (t_next - t) * velocity(x, t)
+        x = x + (t_next - t) * velocity(x, t, t)
         yield x
 
 
-SOLVERS: dict[str, Solver] = {"euler": euler}
+def heun(velocity: Velocity, x: Tensor, times: list[float], draw: Draw) -> Iterator[Tensor]:
+    """The mean of the velocities here and at Euler's guess of the next point: two evaluations a step, order 2.
+
+    The last step is Euler's, because its second look would be at t = 1.
+    """
+    for t, t_next in pairwise(times):
+        v = velocity(x, t, t)
+        if t_next < times[-1]:
+            v = (v + velocity(x + (t_next - t) * v, t_next, t)) / 2
+        x = x + (t_next - t) * v
+        yield x
+
+
+def heun_reuse(velocity: Velocity, x: Tensor, times: list[float], draw: Draw) -> Iterator[Tensor]:
+    """Heun with one evaluation a step, still order 2: what was seen at the guess is the next step's first look."""
+    v = velocity(x, times[0], times[0])
+    for t, t_next in pairwise(times):
+        if t_next < times[-1]:
+            ahead = velocity(x + (t_next - t) * v, t_next, t)
+            x = x + (t_next - t) * (v + ahead) / 2
+            v = ahead
+        else:
+            x = x + (t_next - t) * v
+        yield x
+
+
+def adams_weights(times: list[float], t_next: float) -> list[float]:
+    """Weights of past velocities at `times` (the last one now) for the mean velocity over [times[-1], t_next].
+
+    The integral of the Lagrange polynomial through them, over the step's length: exact for every polynomial of lower
+    degree than there are times, which is the linear system solved here, on a step scaled to [0, 1].
+    """
+    places = (np.array(times) - times[-1]) / (t_next - times[-1])  # […, −1, 0] on an even grid
+    powers = np.arange(len(times))
+    return np.linalg.solve(places[None, :] ** powers[:, None], 1 / (powers + 1)).tolist()
+
+
+def adams(velocity: Velocity, x: Tensor, times: list[float], draw: Draw, *, order: int) -> Iterator[Tensor]:
+    """Adams–Bashforth: x ← x + dt·Σ w_i v_i over the last `order` velocities; one evaluation a step.
+
+    The first steps have fewer velocities behind them and a lower order.
+    """
+    seen_times, seen = deque(maxlen=order), deque(maxlen=order)
+    for t, t_next in pairwise(times):
+        seen_times.append(t)
+        seen.append(velocity(x, t, t))
+        weights = adams_weights(list(seen_times), t_next)
+        x = x + (t_next - t) * sum(w * v for w, v in zip(weights, seen, strict=True))
+        yield x
+
+
+def sde(velocity: Velocity, x: Tensor, times: list[float], draw: Draw) -> Iterator[Tensor]:
+    """Euler–Maruyama: noise is put in and the score takes it out again, which forgives earlier mistakes; order 1.
+
+    score = (t·v − x)/(1 − t) and x ← x + v·dt + ½·w·score·dt + √(w·dt)·noise with w = 1 − t. The distribution of x at
+    every t is the one that the plain velocity leads through. The last step is Euler's, without noise.
+    """
+    for t, t_next in pairwise(times):
+        dt, w = t_next - t, 1 - t
+        v = velocity(x, t, t)
+        if t_next < times[-1]:
+            score = (t * v - x) / (1 - t)
+            x = x + v * dt + 0.5 * w * score * dt + (w * dt) ** 0.5 * draw()
+        else:
+            x = x + v * dt
+        yield x
+
+
+SOLVERS: dict[str, Solver] = {
+    "euler": euler,
+    "heun": heun,
+    "heun-reuse": heun_reuse,
+    "adams2": partial(adams, order=2),
+    "adams3": partial(adams, order=3),
+    "adams4": partial(adams, order=4),
+    "sde": sde,
+}

@@ -14,13 +14,13 @@ CPU = torch.device("cpu")
 @given(st.integers(1, 5), st.integers(1, 5), st.sampled_from([4, 8, 12]))
 def test_rotation_is_the_complex_product(rows, columns, head_dim):
     x = torch.randn(2, 3, rows * columns, head_dim)
-    turned = rotate(x, *rotary_table(rows, columns, head_dim, torch.float32, CPU))
+    turned = rotate(x, *rotary_table(rows, columns, (16, 16), head_dim, torch.float32, CPU))
     torch.testing.assert_close(turned, plain.rotate(x, rows, columns), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
 
 
 def test_rotary_scores_depend_on_the_offset_alone():
-    cos, sin = rotary_table(5, 5, 8, torch.float32, CPU)
+    cos, sin = rotary_table(5, 5, (16, 16), 8, torch.float32, CPU)
     q, k = torch.randn(8), torch.randn(8)
     turned_q, turned_k = (rotate(y.expand(1, 1, 25, 8), cos, sin)[0, 0] for y in (q, k))
     scores = (turned_q @ turned_k.T).reshape(5, 5, 5, 5)  # query row, query column, key row, key column
@@ -30,18 +30,18 @@ def test_rotary_scores_depend_on_the_offset_alone():
 
 
 def test_finer_grid_interpolates_positions():
-    coarse, _ = rotary_table(3, 3, 4, torch.float32, CPU)
-    fine, _ = rotary_table(5, 5, 4, torch.float32, CPU)
+    coarse, _ = rotary_table(3, 3, (16, 16), 4, torch.float32, CPU)
+    fine, _ = rotary_table(5, 5, (16, 16), 4, torch.float32, CPU)
     torch.testing.assert_close(fine.reshape(5, 5, 2)[::2, ::2], coarse.reshape(3, 3, 2))
 
 
 def test_bfloat16_attention_stays_close():
     attention = randomised(Attention(16, 2))
     x = torch.randn(2, 9, 16)
-    tables = rotary_table(3, 3, 8, torch.float32, CPU)
-    exact = attention(x, *tables)
+    rotary = rotary_table(3, 3, (16, 16), 8, torch.float32, CPU)
+    exact = attention(x, rotary)
     with torch.autocast("cpu", torch.bfloat16):
-        rough = attention(x, *tables)
+        rough = attention(x, rotary)
     assert rough.dtype == torch.bfloat16
     assert 0 < (rough - exact).norm() / exact.norm() < 0.03
 

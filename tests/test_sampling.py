@@ -13,9 +13,9 @@ GOLDEN = "tests/golden/class_p4"
 class Recorder(PixNerd):
     """Remembers (t, batch size) of every call."""
 
-    def forward(self, x, t, labels):
+    def forward(self, x, t, labels, base_resolution=None):
         self.calls.append((round(float(t[0]), 6), len(x)))
-        return super().forward(x, t, labels)
+        return super().forward(x, t, labels, base_resolution)
 
 
 @pytest.fixture
@@ -66,12 +66,13 @@ def test_guidance_is_the_formula_and_the_interval_uses_shifted_times(tiny):
     torch.testing.assert_close(got, x, atol=1e-4, rtol=1e-4)
 
 
-def test_an_image_does_not_depend_on_its_batch(tiny):
+@pytest.mark.parametrize("solver", ["euler", "sde"])
+def test_an_image_does_not_depend_on_its_batch(tiny, solver):
     labels = [0, 1, 2, 3, 4, 0, 1, 2]
-    together = sample(tiny, labels, steps=3, seed=5)
-    alone = sample(tiny, labels[7:], steps=3, noise=sample_noise((3, 16, 16), [7], seed=5))
+    together = sample(tiny, labels, steps=3, seed=5, solver=solver)
+    alone = sample(tiny, labels[7:], steps=3, indices=[7], seed=5, solver=solver)
     torch.testing.assert_close(together[7:], alone, atol=1e-4, rtol=1e-4)
-    other = sample(tiny, labels, steps=3, seed=6)
+    other = sample(tiny, labels, steps=3, seed=6, solver=solver)
     assert not torch.allclose(together, other, atol=0.1)
 
 
@@ -105,12 +106,12 @@ def test_sampling_builds_no_graph_and_takes_other_sizes(tiny):
         ([0], {"steps": 0}, "steps is 0"),
         ([0], {"interval": (0.8, 0.2)}, r"interval \(0.8, 0.2\)"),
         ([0], {"interval": (-0.1, 0.2)}, r"0 ≤ low < high ≤ 1"),
-        ([0], {"solver": "dopri5"}, "solver 'dopri5' is unknown; known solvers: euler"),
+        ([0], {"solver": "dopri5"}, "solver 'dopri5' is unknown; known solvers: euler, heun"),
         ([6], {}, "label 6 is outside 0 … 5"),
         ([-1], {}, "label -1"),
         ([], {}, "at least one class"),
         ([0], {"size": (16, 18)}, "16x18 does not fit"),
-        ([0, 1], {"noise": torch.zeros(1, 3, 16, 16)}, "noise is for 1 images and labels are for 2"),
+        ([0, 1], {"noise": torch.zeros(1, 3, 16, 16)}, "1 images of noise, 2 conditions"),
         ([0], {"noise": torch.zeros(1, 3, 16, 16), "size": (8, 8)}, "disagree"),
     ],
 )

@@ -1,39 +1,101 @@
 import math
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from pixnerd import InputError
-from pixnerd.solvers import SOLVERS, time_grid
+from pixnerd.solvers import SOLVERS, adams_weights, time_grid
 
 
-def error_at_the_end(solver, steps):
-    """dx/dt = x·cos(3t) + t from x = 1, with a fine trapezoidal quadrature of the closed form as the truth."""
-    fine = torch.linspace(0, 1, 20001, dtype=torch.float64)
-    truth = math.exp(math.sin(3) / 3) * (1 + torch.trapezoid(fine * torch.exp(-torch.sin(3 * fine) / 3), fine))
-    *_, x = SOLVERS[solver](lambda x, t: x * math.cos(3 * t) + t, torch.ones(1, dtype=torch.float64), time_grid(steps))
-    return abs(float(x - truth))
+def no_noise():
+    raise AssertionError("a deterministic solver asked for noise")
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1)])
-def test_order_of_convergence(solver, order):
-    measured = math.log2(error_at_the_end(solver, 64) / error_at_the_end(solver, 128))
-    assert measured == pytest.approx(order, abs=0.1)
+def end_of_known_field(solver, steps, shift):
+    """dx/dt = 7 t⁶·x from x = 1, so x(1) = e; returns the error in float64.
+
+    The field vanishes at the start, so that the first steps of a multistep method, which are of lower order because
+    they have no past, add no error of their own: what is left is the method's order.
+    """
+    x = torch.ones(1, dtype=torch.float64)
+    *_, x = SOLVERS[solver](lambda x, t, _: 7 * t**6 * x, x, time_grid(steps, shift), no_noise)
+    return abs(float(x) - math.e)
+
+
+@pytest.mark.parametrize("shift", [1.0, 0.5])
+@pytest.mark.parametrize(
+    ("solver", "order"),
+    [("euler", 1), ("heun", 2), ("heun-reuse", 2), ("adams2", 2), ("adams3", 3), ("adams4", 4)],
+)
+def test_order_of_convergence(solver, order, shift):
+    measured = math.log2(end_of_known_field(solver, 400, shift) / end_of_known_field(solver, 800, shift))
+    assert measured == pytest.approx(order, abs=0.15)
+
+
+def test_adams_weights_on_an_even_grid_are_the_textbook_ones():
+    assert adams_weights([0.0], 0.1) == pytest.approx([1])
+    assert adams_weights([0.0, 0.1], 0.2) == pytest.approx([-1 / 2, 3 / 2])
+    assert adams_weights([0.0, 0.1, 0.2], 0.3) == pytest.approx([5 / 12, -16 / 12, 23 / 12])
+    assert adams_weights([0.0, 0.1, 0.2, 0.3], 0.4) == pytest.approx([-9 / 24, 37 / 24, -59 / 24, 55 / 24])
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=5, unique=True))
+def test_adams_weights_are_integrals_of_lagrange_polynomials(times):
+    times = sorted(times)
+    assume(min(np.diff(times)) > 0.02)
+    *past, t_next = times
+    weights = adams_weights(past, t_next)
+    assert sum(weights) == pytest.approx(1)
+    for j, weight in enumerate(weights):
+        others = [t for i, t in enumerate(past) if i != j]
+        lagrange = np.poly1d(np.poly(others) / np.prod([past[j] - t for t in others])).integ()
+        assert weight == pytest.approx(
+            (lagrange(t_next) - lagrange(past[-1])) / (t_next - past[-1]), rel=1e-4, abs=1e-4
+        )
+
+
+EVALUATIONS = {"heun": 13}  # of 7 steps; one a step for all others
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_one_state_a_step_and_never_the_velocity_at_one(solver):
     asked = []
 
-    def velocity(x, t):
-        asked.append(t)
+    def velocity(x, t, start):
+        asked.append((t, start))
         return torch.ones_like(x)
 
-    states = list(SOLVERS[solver](velocity, torch.zeros(2), time_grid(7)))
+    states = list(SOLVERS[solver](velocity, torch.zeros(2), time_grid(7), lambda: torch.zeros(2)))
     assert len(states) == 7
-    assert max(asked) < 1
-    torch.testing.assert_close(states[-1], torch.ones(2))  # a constant field is solved exactly
-    torch.testing.assert_close(states[2], torch.full((2,), 3 / 7))
+    assert len(asked) == EVALUATIONS.get(solver, 7)
+    assert max(t for t, _ in asked) < 1
+    assert all(start <= t for t, start in asked)
+    if solver != "sde":  # a constant field is solved exactly
+        torch.testing.assert_close(states[-1], torch.ones(2))
+        torch.testing.assert_close(states[2], torch.full((2,), 3 / 7))
+
+
+def test_sde_keeps_the_marginals_of_a_gaussian():
+    """Data N(1, 0.5²): x_t ~ N(t, t²·0.25 + (1−t)²), whose velocity is E[x − ε | x_t] in closed form."""
+    generator = torch.Generator().manual_seed(0)
+    n, s = 200_000, 0.5
+
+    def velocity(x, t, _):
+        variance = t**2 * s**2 + (1 - t) ** 2
+        return 1 + (t * s**2 - (1 - t)) / variance * (x - t)
+
+    x, times = torch.randn(n, generator=generator), time_grid(400)
+    noisy = SOLVERS["sde"](velocity, x, times, lambda: torch.randn(n, generator=generator))
+    for t, noisy_x in zip(times[1:], noisy, strict=True):
+        if any(abs(t - stop) < 1e-9 for stop in (0.25, 0.5, 0.75, 1.0)):
+            assert noisy_x.mean() == pytest.approx(t, abs=0.01)
+            assert noisy_x.std() == pytest.approx(math.sqrt(t**2 * s**2 + (1 - t) ** 2), rel=0.015)
+    (plain,) = list(SOLVERS["euler"](velocity, x, times, no_noise))[-1:]
+    assert torch.corrcoef(torch.stack((plain, x)))[0, 1] > 0.999  # the plain flow only stretches the start …
+    assert torch.corrcoef(torch.stack((noisy_x, x)))[0, 1] < 0.9  # … the stochastic one forgets it
 
 
 def test_shifted_grid():
