@@ -14,7 +14,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .model import ModelConfig, PixNerd
+from .text import TextModelConfig, TextPixNerd
 
 LATEST = "latest"  # a text file beside the checkpoints that names the newest complete one
 
@@ -30,13 +31,15 @@ LATEST = "latest"  # a text file beside the checkpoints that names the newest co
 # --- a model in one file -------------------------------------------------------------------------------------------
 
 
-def save_model(model: PixNerd, path: Path) -> None:
+def save_model(model: PixNerd | TextPixNerd, path: Path) -> None:
     """Write the weights, with the configuration in the file's metadata, so that the file alone rebuilds the model."""
-    about = {"config": dataclasses.asdict(model.config), "num_classes": model.num_classes}
+    about: dict[str, Any] = {"config": dataclasses.asdict(model.config)}
+    if isinstance(model, PixNerd):
+        about["num_classes"] = model.num_classes
     save_file(model.state_dict(), path, {"pixnerd": json.dumps(about)})
 
 
-def load_model(path: Path, device: torch.device | str = "cpu") -> PixNerd:
+def load_model(path: Path, device: torch.device | str = "cpu") -> PixNerd | TextPixNerd:
     """Rebuild a model that `save_model` wrote, in evaluation mode.
 
     Raises:
@@ -48,7 +51,10 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> PixNerd:
         raise InputError(f"{path} holds no PixNerd configuration; `pixnerd.load_released` reads the released weights")
     with torch.device("meta"):  # nothing is allocated twice
         about = json.loads(metadata["pixnerd"])
-        model = PixNerd(ModelConfig(**about["config"]), about["num_classes"])
+        if "num_classes" in about:
+            model = PixNerd(ModelConfig(**about["config"]), about["num_classes"])
+        else:
+            model = TextPixNerd(TextModelConfig(**about["config"]))
     with readable(path):
         model.load_state_dict(load_file(path, device=str(device)), assign=True)
     return model.eval()
@@ -137,7 +143,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def load(path: str | Path, *, weights: Literal["ema", "model"] = "ema", device: torch.device | str = "cpu") -> PixNerd:
+def load(
+    path: str | Path, *, weights: Literal["ema", "model"] = "ema", device: torch.device | str = "cpu"
+) -> PixNerd | TextPixNerd:
     """A trained model in evaluation mode.
 
     Args:
@@ -193,10 +201,12 @@ def _sync(path: Path) -> None:
 
 # --- the released weights ------------------------------------------------------------------------------------------
 
-RELEASED_NAMES = {  # released module → ours; blocks are renamed apart, because theirs are one list
+RELEASED_NAMES = {  # released module → ours, class- and text-conditional; blocks are renamed apart
     "s_embedder.proj": "patch_embed",
     "t_embedder.mlp": "time_embed.mlp",
     "y_embedder.embedding_table": "label_embed",
+    "y_embedder.proj": "text_embed",
+    "y_embedder.norm": "text_norm",
     "x_embedder.embedder.0": "head.embed",
     "final_layer.norm": "head.norm",
     "final_layer.linear": "head.out",
@@ -205,38 +215,50 @@ RELEASED_BLOCK_NAMES = {
     "norm1": "norm1",
     "norm2": "norm2",
     "attn.qkv": "attn.qkv",
+    "attn.qkv_x": "attn.qkv",
+    "attn.kv_y": "attn.text_kv",
     "attn.q_norm": "attn.q_norm",
     "attn.k_norm": "attn.k_norm",
     "attn.proj": "attn.proj",
-    "mlp.w1": "mlp.gate",  # joined with w3 below
-    "mlp.w3": "mlp.value",
-    "mlp.w2": "mlp.out",
     "adaLN_modulation.0": "modulation",
 }
+# the two layouts name the SwiGLU's matrices differently; the class model's w1 and w3 are joined afterwards
+RELEASED_CLASS_MLP = {"mlp.w1": "mlp.gate", "mlp.w3": "mlp.value", "mlp.w2": "mlp.out"}
+RELEASED_TEXT_MLP = {"mlp.w12": "mlp.gate_value", "mlp.w3": "mlp.out"}
 RELEASED_FIELD_NAMES = {"param_generator1.0": "generator", "norm": "norm"}
 
 
-def load_released(path: str | Path, device: torch.device | str = "cpu") -> PixNerd:
-    """A class-conditional model from a checkpoint of the released PixNerd code, in evaluation mode.
+def load_released(
+    source: str | Path, filename: str | None = None, device: torch.device | str = "cpu"
+) -> PixNerd | TextPixNerd:
+    """A model with weights of the released PixNerd code, class- or text-conditional, in evaluation mode.
 
-    The EMA weights are taken when the file has them. Every size is read off the tensors' shapes; nothing about the
-    model is stored in such a file.
+    The EMA weights are taken when the file has them. Every size is read off the tensors' shapes, since such a file
+    stores nothing about the model. The file is mapped into memory, not read: on a CPU the weights are the file's own
+    pages, so the file has to stay where it is.
+
+    Args:
+        source: a checkpoint file, or the id of a repository on the Hugging Face hub ("MCG-NJU/PixNerd-XL-P16-C2I").
+        filename: which checkpoint of the repository, where it has several.
+        device: where the model goes.
 
     Raises:
-        InputError: missing, damaged or foreign file; missing or surplus weights, by name.
+        InputError: missing, damaged or foreign file; missing or surplus weights, by name; hub out of reach.
     """
-    path = Path(path)
+    path = Path(source)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        path = _download(str(source), filename)
     with readable(path):
-        contents = torch.load(path, map_location=device, weights_only=True, mmap=True)
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(contents, dict) or not isinstance(contents.get("state_dict"), dict):
         raise InputError(f"{path} has no state_dict; the released checkpoints keep their weights there")
     released = _denoiser_weights(contents["state_dict"])
-    if "y_embedder.embedding_table.weight" not in released or "final_layer.linear.weight" not in released:
-        raise InputError(f"{path} does not hold the class-conditional PixNerd's weights")
-    config, num_classes = _infer_config(released)
-    with torch.device("meta"):
-        model = PixNerd(config, num_classes)
-    weights = _rename_released(released, config.blocks)
+    try:
+        with torch.device("meta"):
+            model = _empty_model(released)
+    except KeyError as error:
+        raise InputError(f"{path} does not hold PixNerd's weights: {error.args[0]} is missing") from error
+    weights = _rename_released(released, model.config.blocks)
     expected = model.state_dict()
     missing, surplus = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or surplus:
@@ -246,7 +268,28 @@ def load_released(path: str | Path, device: torch.device | str = "cpu") -> PixNe
             shapes = f"{tuple(tensor.shape)} and not {tuple(expected[name].shape)}"
             raise InputError(f"{path} does not fit: {name} has shape {shapes}")
     model.load_state_dict(weights, assign=True)
-    return model.float().eval()
+    return model.to(device, torch.float32).eval()
+
+
+def _download(repository: str, filename: str | None) -> Path:
+    """The checkpoint of a hub repository, downloaded once (with a progress bar) into the hub's cache."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise InputError("the hub needs the package huggingface_hub: pip install 'pixnerd[hub]'") from error
+    try:
+        if filename is None:
+            names = [name for name in huggingface_hub.list_repo_files(repository) if name.endswith(".ckpt")]
+            if len(names) != 1:
+                found = ", ".join(names) or "none"
+                raise InputError(f"{repository} has {len(names)} checkpoints ({found}); name one with `filename`")
+            (filename,) = names
+        return Path(huggingface_hub.hf_hub_download(repository, filename))
+    except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{repository} is no file here and could not be fetched from the Hugging Face hub: {reason}"
+        ) from error
 
 
 def _denoiser_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -257,43 +300,66 @@ def _denoiser_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {}
 
 
-def _infer_config(released: dict[str, Tensor]) -> tuple[ModelConfig, int]:
-    """Sizes from shapes alone: the model's configuration and its number of classes."""
+def _empty_model(released: dict[str, Tensor]) -> PixNerd | TextPixNerd:
+    """The model that the weights are of, all sizes inferred from shapes. Raises KeyError naming what is missing."""
+
+    def rows(name: str) -> int:
+        return len(released[name])
+
     generators = [int(key.split(".")[1]) for key in released if ".param_generator1." in key and key.endswith("weight")]
     if not generators:
-        raise InputError("no block of the checkpoint has a param_generator1; these are not PixNerd's weights")
+        raise KeyError("param_generator1")
+    first = min(generators)
     width, patch_inputs = released["s_embedder.proj.weight"].shape
-    channels = len(released["final_layer.linear.weight"])
-    first_field = min(generators)
-    field_width = len(released[f"blocks.{first_field}.norm.weight"])
-    config = ModelConfig(
-        width=width,
-        heads=width // len(released["blocks.0.attn.q_norm.weight"]),
-        blocks=first_field,
-        patch_size=(patch_size := math.isqrt(patch_inputs // channels)),
-        image_size=16 * patch_size,  # not stored; right for the 256-pixel weights
-        channels=channels,
-        field_width=field_width,
-        field_blocks=len(generators),
-        field_ratio=len(released[f"blocks.{first_field}.param_generator1.0.weight"]) // (2 * field_width**2),
+    channels, field_width = rows("final_layer.linear.weight"), rows(f"blocks.{first}.norm.weight")
+    patch_size = math.isqrt(patch_inputs // channels)
+    sizes = {
+        "width": width,
+        "heads": width // rows("blocks.0.attn.q_norm.weight"),
+        "blocks": first,
+        "patch_size": patch_size,
+        "channels": channels,
+        "field_width": field_width,
+        "field_blocks": len(generators),
+        "field_ratio": rows(f"blocks.{first}.param_generator1.0.weight") // (2 * field_width**2),
+    }
+    # the size it was trained at is not stored: 256 pixels for the class model, 512 for text, both in patches of 16
+    if "y_pos_embedding" not in released:
+        classes = rows("y_embedder.embedding_table.weight") - 1
+        return PixNerd(ModelConfig(**sizes, image_size=16 * patch_size), classes)
+    text_blocks = {key.split(".")[1] for key in released if key.startswith("text_refine_blocks.")}
+    config = TextModelConfig(
+        **sizes,
+        image_size=32 * patch_size,
+        text_blocks=len(text_blocks),
+        text_features=released["y_embedder.proj.weight"].shape[1],
+        text_length=released["y_pos_embedding"].shape[1],
     )
-    return config, len(released["y_embedder.embedding_table.weight"]) - 1
+    return TextPixNerd(config)
 
 
 def _rename_released(released: dict[str, Tensor], blocks: int) -> dict[str, Tensor]:
+    is_text = "y_pos_embedding" in released
+    block_names = RELEASED_BLOCK_NAMES | (RELEASED_TEXT_MLP if is_text else RELEASED_CLASS_MLP)
     weights: dict[str, Tensor] = {}
     for key, tensor in released.items():
         module, _, leaf = key.rpartition(".")
-        if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", module):
-            index, inner = int(match[1]), match[2]
-            names = RELEASED_BLOCK_NAMES if index < blocks else RELEASED_FIELD_NAMES
-            place = f"blocks.{index}" if index < blocks else f"head.blocks.{index - blocks}"
-            ours = f"{place}.{names.get(inner, inner)}"
+        if key == "y_pos_embedding":
+            weights["text_positions"] = tensor
+            continue
+        if match := re.fullmatch(r"(blocks|text_refine_blocks)\.(\d+)\.(.+)", module):
+            kind, index, inner = match[1], int(match[2]), match[3]
+            if kind == "text_refine_blocks":
+                ours = f"text_blocks.{index}.{block_names.get(inner, inner)}"
+            elif index < blocks:
+                ours = f"blocks.{index}.{block_names.get(inner, inner)}"
+            else:
+                ours = f"head.blocks.{index - blocks}.{RELEASED_FIELD_NAMES.get(inner, inner)}"
         else:
             stem = next((name for name in RELEASED_NAMES if module == name or module.startswith(name + ".")), None)
             ours = module if stem is None else RELEASED_NAMES[stem] + module.removeprefix(stem)
         weights[f"{ours}.{leaf}"] = tensor
-    for index in range(blocks):  # our SwiGLU keeps gate and value in one matrix
+    for index in range(0 if is_text else blocks):  # our SwiGLU keeps gate and value in one matrix
         gate, value = (weights.pop(f"blocks.{index}.mlp.{part}.weight", None) for part in ("gate", "value"))
         if gate is not None and value is not None:
             weights[f"blocks.{index}.mlp.gate_value.weight"] = torch.cat((gate, value))

@@ -1,4 +1,4 @@
-"""The command line: pixnerd train | sample | evaluate | data.
+"""The command line: pixnerd train | sample | evaluate | convert | data.
 
 Wrong input ends with one sentence on standard error and exit code 2.
 """
@@ -20,7 +20,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from . import data
-from .checkpoints import load
+from .checkpoints import load, load_released, save_model
 from .errors import InputError
 from .metrics.nearest import digit_agreement
 from .model import SIZES
@@ -110,6 +110,27 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Convert:
+    """Write a checkpoint of the released PixNerd code as safetensors that pixnerd.load reads."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """checkpoint file, or repository on the Hugging Face hub"""
+    out: Annotated[Path, tyro.conf.Positional]
+    """the .safetensors file to write"""
+    filename: str | None = None
+    """which checkpoint of the repository, where it has several"""
+
+    def run(self) -> None:
+        if self.out.exists():
+            raise InputError(f"{self.out} exists already; choose another name or remove it")
+        model = load_released(self.source, self.filename)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        save_model(model, self.out)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        print(f"written: {self.out}, a {type(model).__name__} of {parameters / 1e6:.1f} million parameters")
+
+
+@dataclass(frozen=True)
 class Data:
     """Look at a data set: how many images of which classes, and, with --show, a contact sheet."""
 
@@ -136,7 +157,7 @@ class Data:
             print(f"contact sheet: {self.out}")
 
 
-def parse(arguments: Sequence[str]) -> Train | Sample | Evaluate | Data:
+def parse(arguments: Sequence[str]) -> Train | Sample | Evaluate | Convert | Data:
     """The command with its flags. Raises InputError for an unknown recipe, size or value out of range."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--recipe", default=Train.recipe)
@@ -150,6 +171,7 @@ def parse(arguments: Sequence[str]) -> Train | Sample | Evaluate | Data:
         Annotated[Train, train_command]
         | Annotated[Sample, tyro.conf.subcommand("sample")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Convert, tyro.conf.subcommand("convert")]
         | Annotated[Data, tyro.conf.subcommand("data")]
     )
     with contextlib.redirect_stderr(io.StringIO()) as printed:

@@ -10,6 +10,7 @@ from pixnerd import InputError, ModelConfig, PixNerd, load, load_released
 from pixnerd.checkpoints import newest_checkpoint, save_checkpoint, save_model
 
 from .conftest import SWITCHES, TINY, randomised
+from .released import as_released
 
 GOLDEN = "tests/golden/class_p4.ckpt"
 
@@ -133,7 +134,7 @@ def test_released_without_ema_and_with_compiled_names(tmp_path):
             lambda s: s.update({"ema_denoiser.final_layer.norm.weight": torch.zeros(3)}),
             r"head.norm.weight has shape \(3,\)",
         ),
-        (lambda s: s.clear(), "does not hold the class-conditional PixNerd's weights"),
+        (lambda s: s.clear(), "does not hold PixNerd's weights: param_generator1 is missing"),
     ],
 )
 def test_released_checkpoints_that_do_not_fit(tmp_path, change, sentence):
@@ -158,3 +159,42 @@ def test_truncated_released_file_is_said(tmp_path):
     (tmp_path / "short.ckpt").write_bytes(Path(GOLDEN).read_bytes()[:100_000])
     with pytest.raises(InputError, match=r"short.ckpt is damaged"):
         load_released(tmp_path / "short.ckpt")
+
+
+def test_hub_ids_are_fetched_and_problems_said(monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repository: ["README.md", "weights.ckpt"])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, name: {"weights.ckpt": GOLDEN}[name])
+    assert load_released("someone/weights").num_classes == 10
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repository: ["a.ckpt", "b.ckpt"])
+    with pytest.raises(InputError, match=r"someone/weights has 2 checkpoints \(a.ckpt, b.ckpt\); name one"):
+        load_released("someone/weights")
+
+    def offline(*_):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", offline)
+    with pytest.raises(
+        InputError, match="is no file here and could not be fetched from the Hugging Face hub: no route"
+    ):
+        load_released("someone/weights")
+
+
+def test_converted_weights_are_the_released_ones(tmp_path):
+    from pixnerd.cli import main
+
+    for name in ("class_p4", "text_p4"):
+        main(["convert", f"tests/golden/{name}.ckpt", str(tmp_path / f"{name}.safetensors")])
+        ours, theirs = load(tmp_path / f"{name}.safetensors"), load_released(f"tests/golden/{name}.ckpt")
+        assert ours.config == theirs.config
+        assert all(ours.state_dict()[key].equal(tensor) for key, tensor in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("changes", [{}, {"field_blocks": 1, "blocks": 3}, {"channels": 1, "patch_size": 8}])
+def test_any_class_model_comes_back_from_the_released_layout(tmp_path, changes):
+    model = randomised(PixNerd(dataclasses.replace(TINY, **changes), 7))
+    torch.save({"state_dict": as_released(model)}, tmp_path / "released.ckpt")
+    again = load_released(tmp_path / "released.ckpt")
+    assert again.config == dataclasses.replace(model.config, image_size=16 * model.config.patch_size)
+    assert again.num_classes == 7
+    assert all(again.state_dict()[key].equal(tensor) for key, tensor in model.state_dict().items())

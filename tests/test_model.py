@@ -127,3 +127,29 @@ def test_bad_configuration(changes, sentence):
 def test_unknown_size_names_the_known_ones():
     with pytest.raises(InputError, match="'H/16' is unknown; known sizes: .*L/16"):
         SIZES["H/16"]
+
+
+def test_base_resolution_of_the_same_size_changes_nothing(tiny):
+    inputs = torch.randn(1, 3, 16, 8), torch.tensor([0.5]), torch.tensor([2])
+    assert tiny(*inputs, base_resolution=(16, 8)).equal(tiny(*inputs))
+
+
+def test_more_pixels_sample_the_same_fields(tiny):
+    """4 × 4 pixels of a patch lie at every second coordinate of 7 × 7: with equal noisy values they decode equally."""
+    per_patch = torch.randn(1, 3, 4, 4)
+    base = per_patch.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    full = per_patch.repeat_interleave(7, 2).repeat_interleave(7, 3)
+    t, labels = torch.tensor([0.3]), torch.tensor([1])
+    coarse = tiny(base, t, labels).unflatten(2, (4, 4)).unflatten(4, (4, 4))  # [1, 3, rows, 4, columns, 4]
+    fine = tiny(full, t, labels, base_resolution=(16, 16)).unflatten(2, (4, 7)).unflatten(4, (4, 7))
+    torch.testing.assert_close(fine[:, :, :, ::2, :, ::2], coarse, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(fine[:, :, :, 1::2, :, 1::2], coarse[:, :, :, :-1, :, :-1], atol=1e-2)
+
+
+def test_base_resolution_has_to_fit(tiny):
+    inputs = torch.randn(1, 3, 30, 32), torch.tensor([0.5]), torch.tensor([2])
+    with pytest.raises(InputError, match="height 30 cannot be shared by the 4 patches of base height 16"):
+        tiny(*inputs, base_resolution=(16, 16))
+    linear = PixNerd(dataclasses.replace(TINY, head="linear"), 5)
+    with pytest.raises(InputError, match="linear head draws at its base resolution alone"):
+        linear(torch.randn(1, 3, 32, 32), torch.tensor([0.5]), torch.tensor([2]), base_resolution=(16, 16))
