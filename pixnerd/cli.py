@@ -135,7 +135,7 @@ class Data:
     """Look at a data set: how many images of which classes, and, with --show, a contact sheet."""
 
     name: Annotated[str, tyro.conf.Positional]
-    """digits, synthetic or folder:PATH"""
+    """digits, emoji, emoji:held-out, emoji:all, synthetic or folder:PATH"""
     image_size: int = 32
     """pixels along a side"""
     show: bool = False

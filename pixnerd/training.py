@@ -40,7 +40,7 @@ class TrainConfig:
     out: str = "runs/train"
     """the run's folder"""
     data: str = "digits"
-    """digits, synthetic or folder:PATH"""
+    """digits, emoji, synthetic or folder:PATH"""
     model: ModelConfig = SIZES["L/16"]
     """the network; its channels are set to the data's"""
     steps: int = 800_000

@@ -72,7 +72,10 @@ def folder_with_text_image(tmp_path):
 BAD_TRAINING = {
     "image size": (["--model.image-size", "20"], "image size 20x20 does not fit patches of 8"),
     "steps": (["--steps", "0"], "steps is 0"),
-    "data": (["--data", "minst"], "data set 'minst' is unknown; known: digits, synthetic, folder:PATH"),
+    "data": (
+        ["--data", "minst"],
+        "data set 'minst' is unknown; known: digits, emoji, emoji:held-out, emoji:all, synthetic, folder:PATH",
+    ),
     "size": (["--size", "Q/16"], "model size 'Q/16' is unknown; known sizes: nano/8"),
     "recipe": (["--recipe", "magic"], "recipe 'magic' is unknown; known recipes: imagenet-256"),
     "solver": (["--sampling.solver", "dopri5"], "solver 'dopri5' is unknown; known solvers: euler"),

@@ -45,7 +45,7 @@ def test_ci_runs_the_readmes_test_command():
 LAYERS = [
     {"errors", "randomness", "layers"},
     {"fields"},
-    {"model", "data", "data.dataset", "data.digits", "data.folder", "data.synthetic"},
+    {"model", "data", "data.dataset", "data.digits", "data.emoji", "data.folder", "data.synthetic"},
     {"text", "flow", "metrics", "metrics.nearest", "plots"},
     {"checkpoints"},
     {"solvers", "runs"},

@@ -242,7 +242,10 @@ def test_config_survives_json(tmp_path):
         ({"ema_decay": -0.1}, "ema_decay is -0.1"),
         ({"clip": 0.0}, "clip is 0.0"),
         ({"warmup_steps": -1}, "warmup_steps is -1"),
-        ({"data": "cifar"}, "data set 'cifar' is unknown; known: digits, synthetic, folder:PATH"),
+        (
+            {"data": "cifar"},
+            "data set 'cifar' is unknown; known: digits, emoji, emoji:held-out, emoji:all, synthetic, folder:PATH",
+        ),
         ({"data": "folder:/nowhere"}, "/nowhere does not exist"),
     ],
 )

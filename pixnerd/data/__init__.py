@@ -1,12 +1,13 @@
-"""Data sets by name: `digits`, `synthetic`, `folder:PATH`. All give images in [−1, 1] and labels."""
+"""Data sets by name: `digits`, `emoji`, `synthetic`, `folder:PATH`. All give images in [−1, 1] and labels."""
 
 from ..errors import InputError
 from .dataset import ImageDataset, to_float, to_uint8
 from .digits import Digits
+from .emoji import Emoji
 from .folder import ImageFolder
 from .synthetic import Synthetic
 
-__all__ = ["Digits", "ImageDataset", "ImageFolder", "Synthetic", "load", "to_float", "to_uint8"]
+__all__ = ["Digits", "Emoji", "ImageDataset", "ImageFolder", "Synthetic", "load", "to_float", "to_uint8"]
 
 
 def load(name: str, image_size: int) -> ImageDataset:
@@ -15,8 +16,14 @@ def load(name: str, image_size: int) -> ImageDataset:
     match kind, bool(path):
         case "digits", False:
             return Digits(image_size)
+        case "emoji", False:
+            return Emoji(image_size)
+        case "emoji", True if path in ("held-out", "all"):
+            return Emoji(image_size, path)
         case "synthetic", False:
             return Synthetic(image_size)
         case "folder", True:
             return ImageFolder(path, image_size)
-    raise InputError(f"data set {name!r} is unknown; known: digits, synthetic, folder:PATH")
+    raise InputError(
+        f"data set {name!r} is unknown; known: digits, emoji, emoji:held-out, emoji:all, synthetic, folder:PATH"
+    )
