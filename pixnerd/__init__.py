@@ -3,14 +3,18 @@
 from . import sampling, training
 from .checkpoints import load, load_released
 from .errors import InputError
-from .model import SIZES, ModelConfig, PixNerd
+from .model import ModelConfig, PixNerd
 from .sampling import sample
+from .text import ALL_SIZES as SIZES
+from .text import TextModelConfig, TextPixNerd
 
 __all__ = [
     "SIZES",
     "InputError",
     "ModelConfig",
     "PixNerd",
+    "TextModelConfig",
+    "TextPixNerd",
     "load",
     "load_released",
     "sample",

@@ -23,12 +23,12 @@ from . import data
 from .checkpoints import load, load_released, save_model
 from .errors import InputError
 from .metrics.nearest import digit_agreement
-from .model import SIZES
 from .randomness import Purpose, generator
 from .recipes import RECIPES
 from .runs import Run
 from .sampling import SamplingConfig, sample_batches
-from .training import NonFiniteLoss, TrainConfig, default_device, train
+from .text import ALL_SIZES, TextPixNerd
+from .training import NonFiniteLoss, TrainConfig, caption_encoder, default_device, train
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,11 @@ class Sample:
     run_folder: Annotated[Path, tyro.conf.Positional]
     """folder of the run"""
     count: int = 100
-    """images; the classes share them evenly, in order"""
+    """images; the classes or prompts share them evenly, in order"""
     labels: tuple[int, ...] = ()
-    """classes to draw, `count` images in turn, instead of all"""
+    """classes to draw instead of all"""
+    prompts: tuple[str, ...] = ()
+    """captions to draw, for a text model; samples.npz then has their places in this list as labels"""
     steps: int | None = None
     solver: str | None = None
     guidance: float | None = None
@@ -79,13 +81,24 @@ class Sample:
         run = Run(self.run_folder)
         names = (field.name for field in dataclasses.fields(SamplingConfig))
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        sampling = dataclasses.replace(TrainConfig.from_dict(run.config()).sampling, **given)
+        config = TrainConfig.from_dict(run.config())
+        sampling = dataclasses.replace(config.sampling, **given)
         device = default_device()
         model = load(run.folder, device=device)
-        classes = self.labels or tuple(range(model.num_classes))
-        each = -(-self.count // len(classes))  # rounded up
-        labels = torch.tensor(classes).repeat_interleave(each)[: self.count]
-        batches = sample_batches(model, labels, sampling, seed=self.seed, batch_size=self.batch_size)
+        is_text = isinstance(model, TextPixNerd)
+        if is_text != bool(self.prompts):
+            needs = "a text model: name --prompts" if is_text else "a class-conditional model: it takes --labels"
+            raise InputError(f"run {run.folder} is of {needs}")
+        wanted = range(len(self.prompts)) if is_text else self.labels or range(model.num_classes)
+        each = -(-self.count // len(wanted))  # rounded up
+        labels = torch.tensor(wanted).repeat_interleave(each)[: self.count]
+        condition, empty = labels, None
+        if is_text:
+            features = caption_encoder(config, device)([*self.prompts, ""])  # [prompts + 1, L, F]
+            condition, empty = features[labels], features[-1]
+        batches = sample_batches(
+            model, condition, sampling, unconditional=empty, seed=self.seed, batch_size=self.batch_size
+        )
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             images = list(tqdm(batches, total=-(-self.count // self.batch_size), unit="batch"))
         target = Run(self.out or run.folder)
@@ -165,7 +178,7 @@ def parse(arguments: Sequence[str]) -> Train | Sample | Evaluate | Convert | Dat
     base, _ = first.parse_known_args(arguments)  # these two decide the defaults of all the others
     config = RECIPES[base.recipe]
     if base.size is not None:
-        config = dataclasses.replace(config, model=SIZES[base.size])
+        config = dataclasses.replace(config, model=ALL_SIZES[base.size])
     train_command = tyro.conf.subcommand("train", default=Train(config, base.recipe, base.size))
     commands = (
         Annotated[Train, train_command]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .model import PixNerd, velocity_from_image
+from .model import PatchDenoiser, velocity_from_image
 
 
 def interpolate(image: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class FlowLoss(NamedTuple):
     per_image: Tensor  # [B], detached: who pays how much, for the loss by t
 
 
-def loss(model: PixNerd, image: Tensor, labels: Tensor, noise: Tensor, t: Tensor) -> FlowLoss:
+def loss(model: PatchDenoiser, image: Tensor, condition: Tensor, noise: Tensor, t: Tensor) -> FlowLoss:
     """mean((v̂ − v)²) at x_t, weight 1.
 
     For a model that predicts the image, both velocities have 1 − t clamped at 0.05, so that a right image is a right
@@ -50,7 +50,7 @@ def loss(model: PixNerd, image: Tensor, labels: Tensor, noise: Tensor, t: Tensor
     Args:
         model: the velocity network.
         image: clean images [B, C, H, W] in [−1, 1].
-        labels: [B], num_classes where the label is dropped.
+        condition: what the model is conditioned on: labels [B], or text features [B, L, F].
         noise: standard normal, like image.
         t: times [B] in [0, 1].
     """
@@ -59,5 +59,5 @@ def loss(model: PixNerd, image: Tensor, labels: Tensor, noise: Tensor, t: Tensor
         target = velocity(image, noise)
     else:
         target = velocity_from_image(image, x_t, t)
-    per_image = (model(x_t, t, labels) - target).square().mean(dim=(1, 2, 3))  # [B]
+    per_image = (model(x_t, t, condition) - target).square().mean(dim=(1, 2, 3))  # [B]
     return FlowLoss(per_image.mean(), per_image.detach())

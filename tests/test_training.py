@@ -8,6 +8,7 @@ import torch
 from pixnerd import InputError, ModelConfig, flow, load, training
 from pixnerd.model import PixNerd
 from pixnerd.runs import Run
+from pixnerd.text import TextModelConfig
 from pixnerd.training import DataOrder, NonFiniteLoss, TrainConfig, draw_step, train
 
 from .plain import network
@@ -145,13 +146,14 @@ def test_draws_belong_to_positions_of_the_global_batch():
 def test_draws_have_the_stated_distributions():
     config = config_for("unused", label_dropout=0.1)
     draws = [draw_step(config, step, range(64), (1, 4, 4), CPU) for step in range(60)]
-    noise, t, dropped, flipped = (torch.cat(parts) for parts in zip(*draws, strict=True))
+    noise, t, dropped, flipped, caption = (torch.cat(parts) for parts in zip(*draws, strict=True))
     assert noise.mean().abs() < 0.02
     assert noise.std() == pytest.approx(1, abs=0.02)
     assert torch.logit(t).mean().abs() < 0.06
     assert torch.logit(t).std() == pytest.approx(1, abs=0.05)
     assert dropped.double().mean() == pytest.approx(0.1, abs=0.02)
     assert flipped.double().mean() == pytest.approx(0.5, abs=0.04)
+    assert caption.mean() == pytest.approx(0.5, abs=0.02)
     assert torch.corrcoef(torch.stack((torch.logit(t), dropped.float(), flipped.float())))[0, 1:].abs().max() < 0.06
 
 
@@ -263,3 +265,56 @@ def test_another_runs_folder_is_refused(tmp_path, straight):
         train(config_for(tmp_path), CPU)
     with pytest.raises(InputError, match="is a file"):
         train(config_for(tmp_path / "letter.txt"), CPU)
+
+
+def test_text_models_train_on_captions_through_the_same_loop(tmp_path, monkeypatch, tiny_folder):
+    """Resumed bit for bit; the captions shown are the drawn ones, the dropped ones empty."""
+    monkeypatch.setenv("PIXNERD_DATA", str(tmp_path / "data"))
+
+    def captioned(name, image_size):
+        gratings = original(name, image_size)
+        gratings.captions = [("a cat", "a red cat") if i % 2 else ("a blue dog",) for i in range(len(gratings))]
+        return gratings
+
+    original = training.data.load
+    monkeypatch.setattr(training.data, "load", captioned)
+    model = TextModelConfig(
+        width=16,
+        heads=2,
+        blocks=1,
+        patch_size=8,
+        image_size=16,
+        field_width=4,
+        field_blocks=1,
+        text_blocks=1,
+        text_features=12,
+        text_length=6,
+    )
+    options = {"model": model, "text_encoder": str(tiny_folder), "label_dropout": 0.3}
+    straight = [float(r.loss) for r in train(config_for(tmp_path / "a", **options), CPU)]
+    losses = []
+    for stop in (5, None):
+        for record in train(config_for(tmp_path / "b", **options), CPU):
+            losses.append(float(record.loss))
+            if record.step == stop:
+                break
+    assert losses == straight
+    assert final_files(tmp_path / "a") == final_files(tmp_path / "b")
+
+    shown = []
+    conditions = training.Captions(config_for(tmp_path / "c", **options), captioned("synthetic", 16), CPU)
+    encode = conditions.encode
+    conditions.encode = lambda captions: shown.extend(captions) or encode(captions)
+    draws = draw_step(config_for("unused", label_dropout=0.3), 0, range(200), (3, 2, 2), CPU)
+    assert conditions(torch.zeros(200), torch.arange(200), draws).shape == (200, 6, 12)
+    assert [caption == "" for caption in shown] == draws.dropped.tolist()
+    odd = [caption for caption in shown[1::2] if caption]
+    assert {caption for caption in shown[::2] if caption} == {"a blue dog"}
+    assert 0.3 < odd.count("a red cat") / len(odd) < 0.7
+
+    wider = config_for(tmp_path / "d", **{**options, "model": dataclasses.replace(model, text_features=384)})
+    with pytest.raises(InputError, match="gives 12 features a token; the model reads 384"):
+        train(wider, CPU)
+    monkeypatch.setattr(training.data, "load", original)
+    with pytest.raises(InputError, match="data set 'synthetic' has no captions"):
+        train(config_for(tmp_path / "e", **options), CPU)

@@ -1,13 +1,23 @@
 """Data sets by name: `digits`, `emoji`, `synthetic`, `folder:PATH`. All give images in [−1, 1] and labels."""
 
 from ..errors import InputError
-from .dataset import ImageDataset, to_float, to_uint8
+from .dataset import ImageDataset, cache_folder, to_float, to_uint8
 from .digits import Digits
 from .emoji import Emoji
 from .folder import ImageFolder
 from .synthetic import Synthetic
 
-__all__ = ["Digits", "Emoji", "ImageDataset", "ImageFolder", "Synthetic", "load", "to_float", "to_uint8"]
+__all__ = [
+    "Digits",
+    "Emoji",
+    "ImageDataset",
+    "ImageFolder",
+    "Synthetic",
+    "cache_folder",
+    "load",
+    "to_float",
+    "to_uint8",
+]
 
 
 def load(name: str, image_size: int) -> ImageDataset:

@@ -1,13 +1,22 @@
 """What every data set is: uint8 pixels by index, labels, class names; and the way from pixels to [−1, 1] and back."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import InputError
+
+
+def cache_folder() -> Path:
+    """Where fetched and computed data is kept: $PIXNERD_DATA, or data/ of the project, or data/ here."""
+    project = Path(__file__).parents[2]
+    default = project / "data" if (project / "pyproject.toml").is_file() else Path("data")
+    return Path(os.environ.get("PIXNERD_DATA", default))
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -32,6 +41,7 @@ class ImageDataset(Dataset, ABC):
         self.image_size, self.channels = image_size, channels
         self.labels = torch.as_tensor(labels, dtype=torch.long)  # [len(self)]
         self.classes = list(classes)  # the name of every label
+        self.captions: list[tuple[str, ...]] = []  # for each image the ways to describe it, the plainest first
 
     @property
     def num_classes(self) -> int:

@@ -6,7 +6,6 @@ Fetched once with npm, checked by sha256, kept below data/emoji. Flags, symbols 
 import hashlib
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError
-from .dataset import ImageDataset
+from .dataset import ImageDataset, cache_folder
 from .folder import center_crop
 
 Split = Literal["train", "held-out", "all"]
@@ -57,20 +56,13 @@ GROUPS = {  # emojibase's number → our class; 2 (components), 8 (symbols) and 
 HELD_OUT_SHARE = 0.1
 
 
-def cache_folder() -> Path:
-    """Where fetched data is kept: $PIXNERD_DATA, or the project's data/ when run from it, or data/ here."""
-    project = Path(__file__).parents[2]
-    default = project / "data" if (project / "pyproject.toml").is_file() else Path("data")
-    return Path(os.environ.get("PIXNERD_DATA", default)) / "emoji"
-
-
 def fetch(archive: Archive) -> Path:
     """The archive's file, fetched if it is not there yet.
 
     Raises:
         InputError: no npm, registry out of reach, or a file that is not the one we know.
     """
-    path = cache_folder() / archive.file
+    path = cache_folder() / "emoji" / archive.file
     if not path.is_file():
         npm = shutil.which("npm")
         command = [npm] if npm else _npm_of_wheel()
@@ -133,7 +125,7 @@ def plain_code(name: str) -> str:
 
 
 class Emoji(ImageDataset):
-    """Emoji on white, three channels; class = group, `captions[i]` = name, `tags[i]` = other words for it.
+    """Emoji on white, three channels; class = group, captions = its name, and its name with each of its tags.
 
     Splits are by concept: "held-out" is about a tenth that "train" never sees.
     """
@@ -146,11 +138,10 @@ class Emoji(ImageDataset):
         wanted = {"train": (False,), "held-out": (True,), "all": (False, True)}[split]
         chosen = [i for i, concept in enumerate(concepts) if is_held_out(concept.code) in wanted]
         self.concepts = [concepts[i] for i in chosen]
-        self.captions = [concept.name for concept in self.concepts]
-        self.tags = [concept.tags for concept in self.concepts]
         groups = list(GROUPS)
         labels = [groups.index(concept.group) for concept in self.concepts]
         super().__init__(image_size, 3, labels, list(GROUPS.values()))
+        self.captions = [(c.name, *(f"{c.name}, {tag}" for tag in c.tags)) for c in self.concepts]
         drawn = _draw_all(pictures, [members[concept.code] for concept in concepts], image_size)
         self._images = torch.from_numpy(drawn[chosen])  # [len(self), 3, S, S]
 
@@ -160,7 +151,7 @@ class Emoji(ImageDataset):
 
 def _draw_all(pictures: Path, members: list[str], size: int) -> np.ndarray:
     """Every picture on white at size × size, uint8 [len(members), 3, S, S]; kept beside the archive."""
-    kept = cache_folder() / f"{pictures.stem}-{size}.npy"
+    kept = cache_folder() / "emoji" / f"{pictures.stem}-{size}.npy"
     if kept.is_file():
         return np.load(kept)
     drawn = np.empty((len(members), 3, size, size), dtype=np.uint8)
