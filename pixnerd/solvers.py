@@ -55,7 +55,11 @@ def heun(velocity: Velocity, x: Tensor, times: list[float], draw: Draw) -> Itera
 
 
 def heun_reuse(velocity: Velocity, x: Tensor, times: list[float], draw: Draw) -> Iterator[Tensor]:
-    """Heun with one evaluation a step, still order 2: what was seen at the guess is the next step's first look."""
+    """Heun with one evaluation a step, still order 2: what was seen at the guess is the next step's first look.
+
+    On an even grid its guesses are Adams–Bashforth 2's points, and since the last step is Euler's from there, both end
+    at the same image; on a shifted grid they differ.
+    """
     v = velocity(x, times[0], times[0])
     for t, t_next in pairwise(times):
         if t_next < times[-1]:

@@ -5,7 +5,6 @@ process: peak resident memory beside the weights' size, and seconds.
 """
 
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -49,7 +48,8 @@ def as_released(model: PixNerd) -> dict[str, Tensor]:
 
 
 def peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """The most memory this process was seen with, mapped files included (Linux; getrusage would count the parent's)."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
 
 
 def load_and_report(path: str) -> None:
@@ -57,7 +57,7 @@ def load_and_report(path: str) -> None:
     model = load_released(path)
     seconds = time.perf_counter() - begin
     loaded = peak_gib() - before
-    total = sum(float(parameter.sum()) for parameter in model.parameters())  # every page has to be there now
+    total = sum(float(parameter.detach().sum()) for parameter in model.parameters())  # every page has to be there now
     weights = sum(parameter.numel() for parameter in model.parameters()) * 4 / 2**30
     print(f"weights {weights:.2f} GiB (checksum {total:.3f}), loaded in {seconds:.1f} s")
     print(f"peak memory over the empty process: {loaded / weights:.2f}x when loaded, ", end="")

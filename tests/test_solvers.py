@@ -107,3 +107,13 @@ def test_shifted_grid():
 def test_bad_grid(steps, shift, sentence):
     with pytest.raises(InputError, match=sentence):
         time_grid(steps, shift)
+
+
+def test_heun_with_reuse_is_adams2_on_an_even_grid():
+    def end(solver, shift):
+        x = torch.linspace(-1, 1, 5, dtype=torch.float64)
+        *_, x = SOLVERS[solver](lambda x, t, _: torch.sin(3 * x) + t, x, time_grid(9, shift), no_noise)
+        return x
+
+    torch.testing.assert_close(end("heun-reuse", 1.0), end("adams2", 1.0), rtol=1e-12, atol=0)
+    assert (end("heun-reuse", 3.0) - end("adams2", 3.0)).abs().max() > 1e-4
