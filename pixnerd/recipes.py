@@ -1,4 +1,4 @@
-"""Named training recipes: the published ones, and ones for a laptop or a single GPU on data that needs no download."""
+"""Named training recipes: the published one, and ones for a laptop or a single GPU on small data."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ class Recipes(dict[str, TrainConfig]):
 
 RECIPES = Recipes(
     {
-        # arXiv 2507.23268: 160 epochs of ImageNet; the data's path is the user's
+        # arXiv 2507.23268: 160 epochs of ImageNet, for many GPUs; name your copy with --data folder:PATH
         "imagenet-256": TrainConfig(model=SIZES["XL/16"], horizontal_flip=True, workers=8),
         # 32-pixel digits in about three minutes on two CPU cores; README has the table of what was tried
         "digits-cpu": TrainConfig(

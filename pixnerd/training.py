@@ -41,7 +41,7 @@ class TrainConfig:
 
     out: str = "runs/train"
     """the run's folder"""
-    data: str = "digits"
+    data: str = "folder:data/imagenet/train"
     """digits, emoji, synthetic or folder:PATH"""
     model: ModelConfig = SIZES["L/16"]
     """the network; its channels are set to the data's"""

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 
+from pixnerd import data
 from pixnerd.cli import main
 
 TINY = ["--data", "synthetic", "--size", "nano/8", "--model.image-size", "16", "--batch-size", "4", "--log-every", "2"]
@@ -46,6 +47,41 @@ def test_samples_land_in_the_run_and_are_measured(tmp_path, capsys):
     assert run("evaluate", tmp_path / "run") == 0
     assert "of 10 samples" in capsys.readouterr().out
     assert '"images": 10' in (tmp_path / "run" / "metrics.json").read_text()
+
+
+def test_only_digits_have_a_measure(trained, capsys):
+    assert run("sample", trained, "--count", 10) == 0
+    assert run("evaluate", trained) == 2
+    assert "is on data set 'synthetic'; so far only 'digits' has a measure" in capsys.readouterr().err
+
+
+def test_the_published_recipe_asks_for_its_data(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("train", "--out", tmp_path / "run") == 2
+    assert "folder data/imagenet/train does not exist" in capsys.readouterr().err
+
+
+def test_text_runs_take_prompts_and_class_runs_labels(trained, tmp_path, capsys, monkeypatch, tiny_folder):
+    assert run("sample", trained, "--prompts", "a cat") == 2
+    assert "is of a class-conditional model: it takes --labels" in capsys.readouterr().err
+
+    def captioned(name, image_size):
+        gratings = original(name, image_size)
+        gratings.captions = [("a red cat",)] * len(gratings)
+        return gratings
+
+    original = data.load
+    monkeypatch.setattr(data, "load", captioned)
+    monkeypatch.setenv("PIXNERD_DATA", str(tmp_path / "data"))
+    text = ["--size", "text-nano/8", "--model.text-features", 12, "--text-encoder", tiny_folder, "--steps", 1]
+    flags = ["--sampling.steps", 2, "--sampling.guidance", 2]
+    assert run("train", "--out", tmp_path / "run", *TINY, *text, *flags) == 0
+    assert run("sample", tmp_path / "run") == 2
+    assert "is of a text model: name --prompts" in capsys.readouterr().err
+    assert run("sample", tmp_path / "run", "--prompts", "a red cat", "a dog", "--count", 4) == 0
+    with np.load(tmp_path / "run" / "samples.npz") as file:
+        assert file["arr_0"].shape == (4, 16, 16, 3)
+        assert file["labels"].tolist() == [0, 0, 1, 1]
 
 
 def test_size_then_overrides(tmp_path):
