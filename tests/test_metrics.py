@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -25,6 +27,12 @@ def test_left_out_real_digits_are_read_by_the_others():
     votes = labels[distances.topk(3, largest=False).indices]
     expected = (votes.mode(dim=1).values == labels).double().mean()
     assert real_digit_agreement() == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_a_missing_package_is_named_when_it_is_needed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.neighbors", None)
+    with pytest.raises(InputError, match=r"needs scikit-learn: pip install 'pixnerd\[digits\]'"):
+        real_digit_agreement()
 
 
 def test_wrong_shapes_are_refused():

@@ -1,8 +1,9 @@
 """Do drawn digits show what was asked for? A plain nearest-neighbour vote among real digits answers."""
 
+from typing import Any
+
 import numpy as np
 import torch
-from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from ..data.digits import SIDE, Digits
@@ -11,8 +12,12 @@ from ..errors import InputError
 NEIGHBOURS = 3
 
 
-def _fit() -> tuple[KNeighborsClassifier, np.ndarray]:
+def _fit() -> tuple[Any, np.ndarray]:
     """A classifier of 28 × 28 pixels in [0, 1] that knows all 5,000 real digits, and their labels."""
+    try:
+        from sklearn.neighbors import KNeighborsClassifier
+    except ImportError as error:
+        raise InputError("reading digits back needs scikit-learn: pip install 'pixnerd[digits]'") from error
     real = Digits(SIDE)
     pixels, labels = real.batch(range(len(real)))
     return KNeighborsClassifier(NEIGHBOURS).fit(pixels.flatten(1).numpy() / 255, labels.numpy()), labels.numpy()
