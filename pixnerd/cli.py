@@ -116,9 +116,9 @@ class Evaluate:
 
     def run(self) -> None:
         run = Run(self.run_folder)
-        images, labels = run.load_samples()
         if run.config_path.is_file() and (name := run.config()["data"]) != "digits":
             raise InputError(f"run {run.folder} is on data set {name!r}; so far only 'digits' has a measure here")
+        images, labels = run.load_samples()
         agreement = digit_agreement(images, labels)
         run.save_metrics({"digit_agreement": agreement, "images": len(images)})
         print(f"the label is what a 3-nearest-neighbour vote reads in {agreement:.1%} of {len(images)} samples")

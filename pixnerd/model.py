@@ -237,6 +237,8 @@ class PixNerd(PatchDenoiser):
             InputError: sizes that do not fit, wrong channels, a label out of range.
         """
         self.check(x, t, labels, base_resolution)
+        if labels.ndim != 1:
+            raise InputError(f"labels have shape {tuple(labels.shape)}; one class for each image is needed, [B]")
         if labels.device.type == "cpu":  # on an accelerator the look would stall it; sample and train look beforehand
             check_labels(labels, self.num_classes)
         time = self.time_embed(t)  # [B, D]

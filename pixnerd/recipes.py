@@ -20,7 +20,7 @@ RECIPES = Recipes(
     {
         # arXiv 2507.23268: 160 epochs of ImageNet, for many GPUs; name your copy with --data folder:PATH
         "imagenet-256": TrainConfig(model=SIZES["XL/16"], horizontal_flip=True, workers=8),
-        # 32-pixel digits in about three minutes on two CPU cores; README has the table of what was tried
+        # about four minutes on two CPU cores, compiling included; README has the table of what was tried
         "digits-cpu": TrainConfig(
             data="digits",
             model=dataclasses.replace(SIZES["micro/8"], channels=1, prediction="x"),

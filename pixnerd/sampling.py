@@ -112,16 +112,15 @@ def trajectory(
     config = SamplingConfig(steps, solver, guidance, interval, shift)
     condition, unconditional = _conditions(model, labels, unconditional, config)
     indices = range(len(condition)) if indices is None else indices
-    if noise is None:
-        height, width = size or (model.config.image_size,) * 2
-        check_resolution(model.config, (height, width), base_resolution)
-        noise = sample_noise((model.config.channels, height, width), indices, seed)
-    elif size is not None and tuple(noise.shape[2:]) != tuple(size):
+    if noise is not None and size is not None and tuple(noise.shape[2:]) != tuple(size):
         raise InputError(f"size {size} and noise of {tuple(noise.shape[2:])} pixels disagree; give one of them")
+    height, width = noise.shape[2:] if noise is not None else size or (model.config.image_size,) * 2
+    check_resolution(model.config, (height, width), base_resolution)
+    if noise is None:
+        noise = sample_noise((model.config.channels, height, width), indices, seed)
     if not len(noise) == len(condition) == len(indices):
         counts = f"{len(noise)} images of noise, {len(condition)} conditions, {len(indices)} indices"
         raise InputError(f"there are {counts}; they have to be as many")
-    check_resolution(model.config, tuple(noise.shape[2:]), base_resolution)
 
     weight = model.patch_embed.weight
     start = noise.to(weight.device, weight.dtype)

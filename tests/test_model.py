@@ -129,6 +129,11 @@ def test_unknown_size_names_the_known_ones():
         SIZES["H/16"]
 
 
+def test_labels_are_one_number_an_image(tiny):
+    with pytest.raises(InputError, match=r"labels have shape \(2, 1\)"):
+        tiny(torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([[0], [1]]))
+
+
 def test_base_resolution_of_the_same_size_changes_nothing(tiny):
     inputs = torch.randn(1, 3, 16, 8), torch.tensor([0.5]), torch.tensor([2])
     assert tiny(*inputs, base_resolution=(16, 8)).equal(tiny(*inputs))

@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from pixnerd import InputError, load, load_released, sample
 from pixnerd.checkpoints import save_model
+from pixnerd.layers import rotary_table
 from pixnerd.sampling import sample_noise
 from pixnerd.text import TEXT_SIZES, TextModelConfig, TextPixNerd
 
@@ -132,3 +133,11 @@ def test_bad_input(tiny, shape, options, sentence):
 def test_configuration_checks_its_own_fields():
     with pytest.raises(InputError, match="model.text_blocks is 0"):
         dataclasses.replace(TINY, text_blocks=0)
+
+
+def test_rows_end_at_the_number_of_columns_and_the_other_way_round(tiny):
+    """As released; the golden vectors are square and would not notice."""
+    ends = tiny.rotary_ends(2, 3)  # 2 rows of 3 columns
+    cos, _ = rotary_table(2, 3, ends, 4, torch.float64, torch.device("cpu"))  # [6, 2]: by x and by y, frequency 1
+    places = torch.tensor([[x, y] for y in (0, 3) for x in (0, 1, 2)], dtype=torch.float64)
+    torch.testing.assert_close(cos, places.cos())
