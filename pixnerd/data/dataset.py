@@ -41,7 +41,7 @@ class ImageDataset(Dataset, ABC):
         self.image_size, self.channels = image_size, channels
         self.labels = torch.as_tensor(labels, dtype=torch.long)  # [len(self)]
         self.classes = list(classes)  # the name of every label
-        self.captions: list[tuple[str, ...]] = []  # for each image the ways to describe it, the plainest first
+        self.captions: Sequence[tuple[str, ...]] = []  # for each image the ways to describe it, the plainest first
 
     @property
     def num_classes(self) -> int:

@@ -1,23 +1,27 @@
 """1,376 emoji as pictures with captions: Microsoft's Fluent 3-D style, named and grouped by emojibase (both MIT).
 
-Fetched once with npm, checked by sha256, kept below data/emoji. Flags, symbols and skin tones are left out.
+The same concepts are to be had in five vector styles, which can be drawn at any size. Everything is fetched once with
+npm, checked by sha256, and kept below data/emoji. Flags, symbols and skin tones are left out.
 """
 
 import hashlib
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from ..errors import InputError
 from .dataset import ImageDataset, cache_folder
@@ -44,6 +48,33 @@ NAMES = Archive(
     "emojibase-data-17.0.0.tgz",
     "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
 )
+VECTOR_STYLES = {  # name in captions → where it is from (MIT, Apache 2.0 and CC BY 4.0)
+    "flat": Archive(
+        "@iconify-json/fluent-emoji-flat@1.2.6",
+        "iconify-json-fluent-emoji-flat-1.2.6.tgz",
+        "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+    ),
+    "noto": Archive(
+        "@iconify-json/noto@1.2.9",
+        "iconify-json-noto-1.2.9.tgz",
+        "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
+    ),
+    "noto-v1": Archive(
+        "@iconify-json/noto-v1@1.2.5",
+        "iconify-json-noto-v1-1.2.5.tgz",
+        "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
+    ),
+    "twemoji": Archive(
+        "@iconify-json/twemoji@1.2.5",
+        "iconify-json-twemoji-1.2.5.tgz",
+        "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
+    ),
+    "fxemoji": Archive(
+        "@iconify-json/fxemoji@1.2.2",
+        "iconify-json-fxemoji-1.2.2.tgz",
+        "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef",
+    ),
+}
 GROUPS = {  # emojibase's number → our class; 2 (components), 8 (symbols) and 9 (flags) are left out
     0: "smileys",
     1: "people",
@@ -124,45 +155,146 @@ def plain_code(name: str) -> str:
     return name.lower().replace("-fe0f", "")
 
 
+class Drawing(NamedTuple):
+    """An SVG picture without its size."""
+
+    view_box: str
+    body: str
+
+    def svg(self, size: int) -> str:
+        """size × size pixels; what is not square is centred."""
+        spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+        return f'<svg {spaces} viewBox="{self.view_box}" width="{size}" height="{size}">{self.body}</svg>'
+
+
+def read_pictures(archive: Path) -> dict[str, bytes]:
+    """code → webp file, 256 pixels a side."""
+    with tarfile.open(archive) as tar:
+        names = [name for name in tar.getnames() if name.endswith(".webp")]
+        return {plain_code(Path(name).stem): tar.extractfile(name).read() for name in names}
+
+
+def read_drawings(archive: Path, concepts: Sequence[Concept]) -> dict[str, Drawing]:
+    """code → drawing, for the concepts that a vector style has.
+
+    Newer sets say which code points a drawing is of; older ones only name it, and then the concept's name decides.
+    """
+    with tarfile.open(archive) as tar:
+        chars, icons = (json.load(tar.extractfile(f"package/{name}.json")) for name in ("chars", "icons"))
+    by_code = {plain_code(code): name for code, name in chars.items()}
+    by_name = {_letters(name): name for name in icons["icons"]}
+    found = {}
+    for concept in concepts:
+        name = by_code.get(concept.code) if chars else by_name.get(_letters(concept.name))
+        if name is not None:
+            icon = icons["icons"][name]
+            width, height = (icon.get(side, icons[side]) for side in ("width", "height"))
+            found[concept.code] = Drawing(f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}", icon["body"])
+    return found
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
 class Emoji(ImageDataset):
     """Emoji on white, three channels; class = group, captions = its name, and its name with each of its tags.
 
-    Splits are by concept: "held-out" is about a tenth that "train" never sees.
+    With several styles, captions end with the style ("red heart, noto style") and every style has classes of its own.
+    Splits are by concept: "held-out" is about a tenth that "train" never sees, in whatever style.
     """
 
-    def __init__(self, image_size: int = 32, split: Split = "train"):
-        pictures, names = fetch(PICTURES), fetch(NAMES)
-        with tarfile.open(pictures) as tar:
-            members = {plain_code(Path(name).stem): name for name in tar.getnames() if name.endswith(".webp")}
-        concepts = read_concepts(names, set(members))
+    def __init__(self, image_size: int = 32, split: Split = "train", styles: Sequence[str] = ("3d",)):
+        pictures = read_pictures(fetch(PICTURES))
+        concepts = read_concepts(fetch(NAMES), set(pictures))
         wanted = {"train": (False,), "held-out": (True,), "all": (False, True)}[split]
-        chosen = [i for i, concept in enumerate(concepts) if is_held_out(concept.code) in wanted]
-        self.concepts = [concepts[i] for i in chosen]
-        groups = list(GROUPS)
-        labels = [groups.index(concept.group) for concept in self.concepts]
-        super().__init__(image_size, 3, labels, list(GROUPS.values()))
-        self.captions = [(c.name, *(f"{c.name}, {tag}" for tag in c.tags)) for c in self.concepts]
-        drawn = _draw_all(pictures, [members[concept.code] for concept in concepts], image_size)
-        self._images = torch.from_numpy(drawn[chosen])  # [len(self), 3, S, S]
+        groups, one_style = list(GROUPS), len(styles) == 1
+        labels, captions, images = [], [], []
+        self.concepts: list[Concept] = []  # of every image
+        self.styles: list[str] = []  # of every image
+        for place, style in enumerate(styles):
+            if style == "3d":
+                archive, found, draw = PICTURES, pictures, _draw_picture
+            else:
+                archive, draw = VECTOR_STYLES[style], _vector_drawer()
+                found = read_drawings(fetch(archive), concepts)
+            has = [concept for concept in concepts if concept.code in found]
+            drawn = _draw_all(archive, [found[concept.code] for concept in has], image_size, draw)
+            suffix = "" if one_style else f", {style} style"
+            for concept, picture in zip(has, drawn, strict=True):
+                if is_held_out(concept.code) not in wanted:
+                    continue
+                self.concepts.append(concept)
+                self.styles.append(style)
+                labels.append(place * len(groups) + groups.index(concept.group))
+                ways = (concept.name, *(f"{concept.name}, {tag}" for tag in concept.tags))
+                captions.append(tuple(way + suffix for way in ways))
+                images.append(picture)
+        names = [name if one_style else f"{style} {name}" for style in styles for name in GROUPS.values()]
+        super().__init__(image_size, 3, labels, names)
+        self.captions = captions
+        self._images = torch.from_numpy(np.stack(images))  # [len(self), 3, S, S]
 
     def pixels(self, index: int) -> Tensor:
         return self._images[index]
 
 
-def _draw_all(pictures: Path, members: list[str], size: int) -> np.ndarray:
-    """Every picture on white at size × size, uint8 [len(members), 3, S, S]; kept beside the archive."""
-    kept = cache_folder() / "emoji" / f"{pictures.stem}-{size}.npy"
+def _draw_all(
+    archive: Archive,
+    pictures: Sequence[bytes | Drawing],
+    size: int,
+    draw: Callable[[bytes | Drawing, int], Image.Image],
+) -> np.ndarray:
+    """Every picture on white at size × size, uint8 [len(pictures), 3, S, S]; kept beside the archive once drawn."""
+    kept = cache_folder() / "emoji" / f"{Path(archive.file).stem}-{size}.npy"
     if kept.is_file():
         return np.load(kept)
-    drawn = np.empty((len(members), 3, size, size), dtype=np.uint8)
-    with tarfile.open(pictures) as tar:
-        for i, member in enumerate(members):
-            with Image.open(io.BytesIO(tar.extractfile(member).read())) as image:
-                picture = image.convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            on_white = Image.alpha_composite(white, picture).convert("RGB")
-            drawn[i] = np.asarray(center_crop(on_white, size)).transpose(2, 0, 1)
+    drawn = np.empty((len(pictures), 3, size, size), dtype=np.uint8)
+    for i, picture in enumerate(tqdm(pictures, desc=f"drawing {archive.package} at {size} pixels", leave=False)):
+        drawn[i] = np.asarray(draw(picture, size)).transpose(2, 0, 1)
     partial = kept.with_suffix(".partial.npy")
     np.save(partial, drawn)
     partial.replace(kept)
     return drawn
+
+
+def _draw_picture(webp: bytes, size: int) -> Image.Image:
+    with Image.open(io.BytesIO(webp)) as image:
+        picture = image.convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    return center_crop(Image.alpha_composite(white, picture).convert("RGB"), size)
+
+
+def _vector_drawer() -> Callable[[Drawing, int], Image.Image]:
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise InputError(
+            "vector emoji are drawn by the package resvg-py, which is missing: pip install 'pixnerd[emoji]'"
+        ) from error
+
+    def draw(drawing: Drawing, size: int) -> Image.Image:
+        png = resvg_py.svg_to_bytes(svg_string=drawing.svg(size), background="white", skip_system_fonts=True)
+        return Image.open(io.BytesIO(bytes(png))).convert("RGB")
+
+    return draw
+
+
+def emoji_called(words: str, image_size: int) -> Emoji:
+    """The emoji of a name's comma-separated words, "noto,held-out": styles (by default 3d) and a split.
+
+    "vector" stands for all vector styles. Raises InputError for any other word.
+    """
+    styles: list[str] = []
+    split: Split = "train"
+    for word in words.split(",") if words else ():
+        if word in get_args(Split):
+            split = word
+        elif word == "vector":
+            styles += VECTOR_STYLES
+        elif word in ("3d", *VECTOR_STYLES):
+            styles.append(word)
+        else:
+            known = ", ".join((*get_args(Split), "3d", *VECTOR_STYLES, "vector"))
+            raise InputError(f"{word!r} in data set 'emoji:{words}' is unknown; known words: {known}")
+    return Emoji(image_size, split, tuple(dict.fromkeys(styles)) or ("3d",))

@@ -2,11 +2,13 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from tqdm import tqdm
 
 from ..errors import InputError
 from .dataset import ImageDataset
@@ -27,23 +29,28 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def read_rgb(path: Path) -> Image.Image:
-    """The image as RGB, turned upright by its EXIF tag. Raises InputError naming the file when it cannot be decoded."""
+def read_pixels(source: Path | BinaryIO, name: object, size: int) -> Tensor:
+    """The image as uint8 [3, size, size]: turned upright by its EXIF tag, as RGB, cropped by `center_crop`.
+
+    Raises:
+        InputError: `name` cannot be decoded.
+    """
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as an image: {error}") from error
+        with Image.open(source) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # a damaged file makes Pillow raise almost anything: struct.error, TypeError, …
+        raise InputError(f"{name} cannot be read as an image: {error}") from error
+    return torch.from_numpy(np.array(center_crop(upright, size))).permute(2, 0, 1)
 
 
-def check_header(path: Path) -> None:
-    """Raise InputError naming the file unless its first bytes are those of an image."""
+def check_header(source: Path | BinaryIO, name: object) -> None:
+    """Raise InputError with the `name` unless its first bytes are those of an image."""
     try:
-        Image.open(path).close()
+        Image.open(source).close()
     except UnidentifiedImageError as error:
-        raise InputError(f"{path} is not an image, whatever its name says") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be opened: {error}") from error
+        raise InputError(f"{name} is not an image, whatever its name says") from error
+    except Exception as error:
+        raise InputError(f"{name} cannot be opened: {error}") from error
 
 
 class ImageFolder(ImageDataset):
@@ -61,7 +68,7 @@ class ImageFolder(ImageDataset):
             raise InputError(f"folder {root} has no sub-folders; 'folder:PATH' needs one sub-folder per class")
         self.paths: list[Path] = []
         labels: list[int] = []
-        for label, name in enumerate(classes):
+        for label, name in enumerate(tqdm(classes, desc="listing", unit="class", leave=False, delay=2)):
             found = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in SUFFIXES)
             if not found:
                 raise InputError(f"folder {root / name} holds no images ({', '.join(sorted(SUFFIXES))})")
@@ -69,8 +76,8 @@ class ImageFolder(ImageDataset):
             labels += [label] * len(found)
         super().__init__(image_size, 3, labels, classes)
         with ThreadPoolExecutor() as pool:
-            list(pool.map(check_header, self.paths))
+            checked = pool.map(check_header, self.paths, self.paths)
+            list(tqdm(checked, desc="checking", total=len(self.paths), unit="image", leave=False, delay=2))
 
     def pixels(self, index: int) -> Tensor:
-        image = center_crop(read_rgb(self.paths[index]), self.image_size)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [3, S, S]
+        return read_pixels(self.paths[index], self.paths[index], self.image_size)

@@ -13,17 +13,33 @@ IMAGES = 1000
 
 
 class Synthetic(ImageDataset):
-    """Coloured gratings: class k is stripes at angle 18°·k; frequency, phase and colour come from the image's index."""
+    """Coloured gratings: class k is stripes at angle 18°·k; frequency, phase and colour come from the image's index.
+
+    The captions are "stripes at 36 degrees" and "wide stripes at 36 degrees", or "narrow" from three waves a side.
+    """
 
     def __init__(self, image_size: int = 32):
         labels = [index % CLASSES for index in range(IMAGES)]
         super().__init__(image_size, 3, labels, [f"{180 // CLASSES * k} degrees" for k in range(CLASSES)])
+        self.captions = []
+        for index, label in enumerate(labels):
+            plain = f"stripes at {self.classes[label]}"
+            self.captions.append((plain, f"{'wide' if _cycles(_draw(index)) < 3 else 'narrow'} {plain}"))
 
     def pixels(self, index: int) -> Tensor:
-        draw = torch.rand(5, generator=generator(torch.device("cpu"), 0, Purpose.SYNTHETIC_IMAGE, index))
+        draw = _draw(index)
         angle = math.pi / CLASSES * int(self.labels[index])
-        cycles = 2 + 2 * draw[0]  # over the image's side
         side = torch.linspace(0, 1, self.image_size)
         distance = math.cos(angle) * side + math.sin(angle) * side[:, None]  # [S, S], along the wave vector
-        wave = torch.sin(2 * math.pi * (cycles * distance + draw[1]))
+        wave = torch.sin(2 * math.pi * (_cycles(draw) * distance + draw[1]))
         return to_uint8(wave * (2 * draw[2:, None, None] - 1))  # [3, S, S]
+
+
+def _draw(index: int) -> Tensor:
+    """Five numbers in [0, 1): frequency, phase, and the amplitude of each colour."""
+    return torch.rand(5, generator=generator(torch.device("cpu"), 0, Purpose.SYNTHETIC_IMAGE, index))
+
+
+def _cycles(draw: Tensor) -> Tensor:
+    """Waves over the image's side, 2 … 4; 0-dim."""
+    return 2 + 2 * draw[0]

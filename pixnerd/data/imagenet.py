@@ -1,0 +1,75 @@
+"""ImageNet as ILSVRC 2012 is unpacked: one folder for each of 1,000 synsets, named by its WordNet id.
+
+A label is the place of the id in alphabetical order, n01440764 (tench) = 0 … n15075141 (toilet tissue) = 999. That is
+the order of every published class-conditional model, so a folder more or less would move labels and is refused.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import InputError
+from .dataset import ImageDataset
+from .folder import SUFFIXES, read_pixels
+
+LIST = Path(__file__).with_name("imagenet_synsets.txt")
+SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"  # of the ids with line breaks between
+
+
+def synsets() -> list[str]:
+    """The 1,000 WordNet ids, in the order of their labels. Raises InputError when the list is not the one we know."""
+    ids = LIST.read_text().split()
+    if hashlib.sha256("\n".join(ids).encode()).hexdigest() != SHA256:
+        raise InputError(f"{LIST} is not the list of ImageNet's classes (its sha256 differs): reinstall pixnerd")
+    return ids
+
+
+class ImageNet(ImageDataset):
+    """The 1,000 class folders in `root` or in `root`/train, images cropped and scaled as in ADM; classes are the ids.
+
+    Images are the .bmp, .jpeg, .jpg, .png and .webp files directly in a class folder. None is opened at the start,
+    since a million would take minutes: one that cannot be read is named when its turn comes.
+    """
+
+    def __init__(self, root: str | Path, image_size: int):
+        root = Path(root)
+        if not root.is_dir():
+            raise InputError(f"folder {root} does not exist; 'imagenet:PATH' needs ImageNet's 1,000 class folders")
+        self.root = root / "train" if (root / "train").is_dir() else root
+        classes = synsets()
+        _check_folders(self.root, classes)
+        names: list[bytes] = []
+        labels: list[int] = []
+        for label, name in enumerate(tqdm(classes, desc="listing", unit="class", leave=False, delay=2)):
+            found = sorted(os.fsencode(file) for file in os.listdir(self.root / name) if _is_image(file))
+            if not found:
+                raise InputError(f"folder {self.root / name} holds no images ({', '.join(sorted(SUFFIXES))})")
+            names += found
+            labels += [label] * len(found)
+        # one array: worker processes share it, while touching a million Python objects would copy them into each
+        self._names = np.array(names)
+        super().__init__(image_size, 3, labels, classes)
+
+    def pixels(self, index: int) -> Tensor:
+        path = self.root / self.classes[self.labels[index]] / os.fsdecode(self._names[index])
+        return read_pixels(path, path, self.image_size)
+
+
+def _is_image(file: str) -> bool:
+    return os.path.splitext(file)[1].lower() in SUFFIXES
+
+
+def _check_folders(root: Path, expected: list[str]) -> None:
+    found = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    missing, surplus = sorted(set(expected) - found), sorted(found - set(expected))
+    if missing or surplus:
+        parts = [
+            f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+            for kind, names in (("missing", missing), ("surplus", surplus))
+            if names
+        ]
+        raise InputError(f"folder {root} does not hold the 1,000 class folders of ImageNet: {' and '.join(parts)}")

@@ -1,0 +1,327 @@
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from pixnerd import InputError, data
+from pixnerd.cli import main
+from pixnerd.data import prepared
+
+COUNT = 14  # with four images a shard: three full shards and one of two
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(prepared, "SHARD_IMAGES", 4)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Photos of three classes: of all shapes, in grey and CMYK too, some on their side."""
+    rng = np.random.default_rng(0)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for index in range(COUNT):
+        path = tmp_path / "photos" / "abc"[index % 3] / f"{index:02}.{'webp' if index == 5 else 'jpg'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((20 + 5 * index, 44))
+        mode = {3: "L", 4: "CMYK"}.get(index, "RGB")
+        noise.convert(mode).save(path, **({"exif": turned} if index % 4 == 1 else {}))
+    return tmp_path / "photos"
+
+
+def name_of(root):
+    return f"folder:{root}"
+
+
+def source_of(root):
+    return data.load(name_of(root), 16)
+
+
+def prepare(root, folder, workers=0):
+    return data.prepare(source_of(root), name_of(root), folder, workers)
+
+
+def shard_files(folder):
+    """What changes when a file is written anew: name → inode, time."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted(folder.glob("0*"))}
+
+
+def stop_at(monkeypatch, calls, stop):
+    """Let `stop` be called when the images of a folder are read for the `calls`th time."""
+    original, count = data.ImageFolder.pixels, iter(range(1, 10_000))
+
+    def pixels(self, index):
+        if next(count) == calls:
+            stop()
+        return original(self, index)
+
+    monkeypatch.setattr(data.ImageFolder, "pixels", pixels)
+
+
+def test_a_copy_is_its_source(root, tmp_path):
+    prepare(root, tmp_path / "copy")
+    copy, source = data.load(f"prepared:{tmp_path / 'copy'}", 16), source_of(root)
+    assert (len(copy), copy.channels, copy.image_size) == (COUNT, 3, 16)
+    assert copy.classes == source.classes == ["a", "b", "c"]
+    assert copy.labels.equal(source.labels)
+    assert copy.pixels(0).dtype == torch.uint8
+    for index in [*range(COUNT), -1, -COUNT]:
+        assert copy.pixels(index).equal(source.pixels(index % COUNT)), index
+    with pytest.raises(IndexError):
+        copy.pixels(COUNT)
+    assert copy[3][0].equal(source[3][0])
+    assert len({copy.pixels(index).numpy().tobytes() for index in range(COUNT)}) == COUNT
+
+
+def test_shards_are_plain_numpy_files(root, tmp_path):
+    folder = tmp_path / "copy"
+    prepare(root, folder)
+    shards = [np.load(folder / f"{number:05}.npy") for number in range(4)]
+    assert [shard.shape for shard in shards] == [(4, 3, 16, 16)] * 3 + [(2, 3, 16, 16)]
+    source = source_of(root)
+    assert torch.from_numpy(np.concatenate(shards)).equal(torch.stack([source.pixels(i) for i in range(COUNT)]))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["source"], manifest["images"], manifest["skipped"]) == (name_of(root), COUNT, 0)
+    assert manifest["labels"] == source.labels.tolist()
+    assert manifest["versions"].keys() == {"pixnerd", "pillow", "numpy"}
+    assert not list(folder.glob(".*"))
+    assert (folder / "skipped.txt").read_text() == ""
+
+
+def test_one_channel_and_full_size_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepared, "SHARD_IMAGES", 5000)
+    monkeypatch.setattr(prepared, "SHARD_BYTES", 2000 * 28 * 28 + 1)
+    digits = data.load("digits", 28)
+    copy = data.prepare(digits, "digits", tmp_path / "copy", 0).images
+    assert [len(np.load(path)) for path in sorted((tmp_path / "copy").glob("*.npy"))] == [2000, 2000, 1000]
+    assert copy.channels == 1
+    assert copy.batch(range(5000))[0].equal(digits.batch(range(5000))[0])
+    assert copy.labels.equal(digits.labels)
+
+
+def test_processes_write_the_same(root, tmp_path):
+    prepare(root, tmp_path / "one")
+    prepare(root, tmp_path / "many", workers=2)
+    for path in sorted((tmp_path / "one").iterdir()):
+        assert path.read_bytes() == (tmp_path / "many" / path.name).read_bytes(), path.name
+
+
+def test_a_loader_reads_it_in_processes(root, tmp_path):
+    copy = prepare(root, tmp_path / "copy").images
+    order = [13, 0, 5, 4, 8, 3]
+    together = torch.cat([pixels for pixels, _ in DataLoader(copy, 2, sampler=order, num_workers=2)])
+    assert together.equal(torch.stack([source_of(root)[index][0] for index in order]))
+    pickled = pickle.dumps(copy)  # what a worker that is not forked gets
+    assert len(pickled) < 10_000
+    assert pickle.loads(pickled).pixels(6).equal(copy.pixels(6))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_interrupted_copy_goes_on(root, tmp_path, monkeypatch, workers):
+    prepare(root, tmp_path / "whole")
+    folder = tmp_path / "copy"
+
+    def fail():
+        raise RuntimeError("the power went")
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, 11, fail)  # in the third shard
+        with pytest.raises(RuntimeError, match="the power went"):
+            prepare(root, folder, workers)
+    before = shard_files(folder)
+    assert list(before) == ["00000.json", "00000.npy", "00001.json", "00001.npy"]
+    with pytest.raises(InputError, match="copy is not finished: the same `pixnerd prepare` command goes on"):
+        data.load(f"prepared:{folder}", 16)
+    prepare(root, folder, workers)
+    assert {name: state for name, state in shard_files(folder).items() if name in before} == before
+    for name in ("manifest.json", "skipped.txt", "00003.npy"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    after = shard_files(folder)
+    prepare(root, folder, workers)
+    assert shard_files(folder) == after
+
+
+def test_a_kill_in_the_middle_of_a_write_leaves_no_half_shard(root, tmp_path, monkeypatch):
+    prepare(root, tmp_path / "whole")
+    folder, save = tmp_path / "copy", np.save
+
+    def killed(file, images):
+        if len(images) < 4:  # the last shard
+            file.write(b"\x93NUMPY half of a shard")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(file, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", killed)
+        process = multiprocessing.get_context("fork").Process(target=prepare, args=(root, folder))
+        process.start()
+        process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    before = shard_files(folder)
+    assert "00002.npy" in before
+    assert "00003.npy" not in before
+    prepare(root, folder)
+    assert {name: state for name, state in shard_files(folder).items() if name in before} == before
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
+    assert (folder / "manifest.json").read_bytes() == (tmp_path / "whole" / "manifest.json").read_bytes()
+
+
+def test_a_flipped_byte_is_found_and_mended(root, tmp_path):
+    folder = tmp_path / "copy"
+    copy = prepare(root, folder).images
+    copy.verify()
+    before, manifest = shard_files(folder), (folder / "manifest.json").read_bytes()
+    damaged = bytearray((folder / "00001.npy").read_bytes())
+    damaged[-5] ^= 1
+    (folder / "00001.npy").write_bytes(damaged)
+    with pytest.raises(InputError, match=r"00001\.npy is damaged \(its sha256 differs\): remove it"):
+        data.load(f"prepared:{folder}", 16).verify()
+    with pytest.raises(InputError, match=r"00001\.npy is damaged"):
+        prepare(root, folder)
+    (folder / "00001.npy").unlink()
+    prepare(root, folder).images.verify()
+    assert (folder / "manifest.json").read_bytes() == manifest
+    changed = {name for name, state in shard_files(folder).items() if state != before[name]}
+    assert changed == {"00001.npy", "00001.json"}
+
+
+def test_lost_bytes_are_named(root, tmp_path):
+    folder = tmp_path / "copy"
+    copy = prepare(root, folder).images
+    path = folder / "00002.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"00002\.npy has \d+ bytes instead of \d+"):
+        data.load(f"prepared:{folder}", 16)
+    with pytest.raises(InputError, match=r"00002\.npy has become shorter"):
+        copy.pixels(11)
+    assert prepare(root, folder).images.pixels(11).equal(source_of(root).pixels(11))
+    path.unlink()
+    with pytest.raises(InputError, match=r"00002\.npy is missing"):
+        data.load(f"prepared:{folder}", 16)
+    with pytest.raises(InputError, match=r"00002\.npy cannot be read"):
+        copy.pixels(8)
+    assert prepare(root, folder).images.pixels(11).equal(source_of(root).pixels(11))
+
+
+def test_another_image_size_is_refused(root, tmp_path):
+    prepare(root, tmp_path / "copy")
+    with pytest.raises(InputError, match=r"was prepared at 16x16, not at 32x32: ask for image size 16"):
+        data.load(f"prepared:{tmp_path / 'copy'}", 32)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"source": "x"}'])
+def test_what_is_no_copy_is_said(tmp_path, text):
+    with pytest.raises(InputError, match=r"holds no manifest\.json; 'prepared:PATH' needs"):
+        data.load(f"prepared:{tmp_path}", 16)
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(InputError, match=r"manifest\.json (cannot be read|is not one of)"):
+        data.load(f"prepared:{tmp_path}", 16)
+
+
+def test_bad_images_are_named_and_left_out(root, tmp_path):
+    source = source_of(root)
+    bad = [source.paths[index] for index in (1, 4, 13)]
+    bad[0].write_bytes(bad[0].read_bytes()[:-200])
+    bad[1].unlink()
+    bad[2].write_text("I am a text")
+    copy = data.prepare(source, name_of(root), tmp_path / "copy", 2)
+    assert copy.kept.tolist() == [0, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert copy.images.labels.equal(source.labels[copy.kept])
+    assert all(copy.images.pixels(place).equal(source.pixels(i)) for place, i in enumerate(copy.kept.tolist()))
+    sentences = (tmp_path / "copy" / "skipped.txt").read_text().splitlines()
+    assert sentences == copy.skipped
+    assert [str(path) in sentence for path, sentence in zip(bad, sentences, strict=True)] == [True] * 3
+
+
+def test_a_shard_without_one_good_image_stops_the_work(root, tmp_path):
+    source = source_of(root)
+    for path in source.paths[4:8]:
+        path.unlink()
+    with pytest.raises(InputError, match=rf"none of the images 4 to 7 can be read: {source.paths[4]}"):
+        data.prepare(source, name_of(root), tmp_path / "copy", 1)
+    assert "00001.npy" not in shard_files(tmp_path / "copy")
+
+
+def test_folders_that_are_taken(root, tmp_path):
+    prepare(root, tmp_path / "copy")
+    with pytest.raises(InputError, match="already holds another copy .image size 16 there, 8 asked for.: choose"):
+        data.prepare(data.load(name_of(root), 8), name_of(root), tmp_path / "copy", 0)
+    shutil.copy(root / "a" / "00.jpg", root / "a" / "more.jpg")
+    with pytest.raises(InputError, match=r"images 14 there, 15 asked for; labels \w{16} there"):
+        prepare(root, tmp_path / "copy")
+    with pytest.raises(InputError, match="is not empty and holds no prepared copy"):
+        prepare(root, root)
+    with pytest.raises(InputError, match=r"00\.jpg is a file; the output has to be a folder"):
+        prepare(root, root / "a" / "00.jpg")
+
+
+def test_what_cannot_be_prepared(root, tmp_path, monkeypatch):
+    source = source_of(root)
+    with pytest.raises(InputError, match="workers is -1; it cannot be negative"):
+        prepare(root, tmp_path / "copy", workers=-1)
+    disk = namedtuple("Disk", "free")(3 * 16 * 16 * COUNT - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda folder: disk)
+        with pytest.raises(InputError, match=r"copy needs 0\.0 GB more, and its disk has 0\.0 GB left"):
+            prepare(root, tmp_path / "copy")
+
+    def full(file, images):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", full)
+        with pytest.raises(InputError, match=r"00000\.npy cannot be written: .*No space left"):
+            prepare(root, tmp_path / "copy", workers=1)
+    source.captions = [("a photo",)] * COUNT
+    with pytest.raises(InputError, match="has captions, which a prepared copy does not keep"):
+        data.prepare(source, name_of(root), tmp_path / "other", 0)
+    assert not (tmp_path / "other").exists()
+
+
+def test_speeds_are_of_the_same_images(root, tmp_path):
+    copy, source = prepare(root, tmp_path / "copy"), source_of(root)
+    speeds = data.read_speeds(source, copy, 5)
+    assert speeds.images == 5
+    assert min(speeds.source, speeds.copy) > 0
+    assert str(speeds).startswith(f"reading 5 random images in one process on {os.cpu_count()} cores of ")
+    assert str(speeds).endswith(f"{speeds.copy / speeds.source:.1f} times as fast")
+    Image.new("RGB", (20, 20)).save(source.paths[2])
+    with pytest.raises(InputError, match=f"image 2 of {tmp_path / 'copy'} is no longer that of folder:"):
+        data.read_speeds(source, copy)
+
+
+def test_from_the_command_line(root, tmp_path, capsys):
+    bad = root / "b" / "01.jpg"
+    bad.write_bytes(bad.read_bytes()[:-200])
+    command = ["prepare", f"folder:{root}", "--out", str(tmp_path / "copy"), "--image-size", "16", "--workers", "2"]
+    main(command)
+    out = capsys.readouterr().out
+    assert "reading 13 random images in one process on " in out
+    assert (
+        f"1 of 14 images cannot be read and are left out, see {tmp_path / 'copy' / 'skipped.txt'}; the first: " in out
+    )
+    assert f"{bad} cannot be read as an image" in out
+    assert f"prepared: 13 images in {tmp_path / 'copy'}" in out
+    tiny = ["--size", "nano/8", "--model.image-size", "16", "--batch-size", "4", "--steps", "1", "--workers", "1"]
+    main(["train", "--data", f"prepared:{tmp_path / 'copy'}", "--out", str(tmp_path / "run"), *tiny])
+    assert (tmp_path / "run" / "checkpoints" / "step-1").is_dir()
+    shard = tmp_path / "copy" / "00000.npy"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code == 2
+    assert "00000.npy is damaged" in capsys.readouterr().err
