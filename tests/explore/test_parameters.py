@@ -1,0 +1,50 @@
+import pytest
+
+from pixnerd import InputError
+from pixnerd.explore.parameters import check_parameters
+
+DEFAULTS = 'out = "runs/x"\nsteps = [4, 2]\nrates = [0.1]\nflags = []\nfast = True\nseed = 0'
+
+
+def executed(injected, *others):
+    """What `In` holds in a notebook that papermill ran; its first entry is always empty."""
+    return ["", "before = 1", DEFAULTS, "# Parameters\n" + injected, *others]
+
+
+@pytest.mark.parametrize(
+    "injected",
+    ["", "seed = 3", 'out = "y"\nsteps = [1]', "rates = [1]", 'flags = ["--clip", "1"]', "steps = []", "fast = False"],
+)
+def test_parameters_that_the_notebook_has(injected):
+    check_parameters(executed(injected, "later = 1", "check_parameters(In)"))
+
+
+def test_a_notebook_without_papermill_may_hold_anything():
+    check_parameters(["", DEFAULTS, "check_parameters(In)", "anything = 1"])
+
+
+@pytest.mark.parametrize(
+    ("injected", "sentence"),
+    [
+        ("seeds = 3", "unknown parameter seeds; this notebook has out, steps, rates, flags, fast, seed"),
+        ("seed = 1\nstep = 2\nbefore = 3", "unknown parameter step, before; "),
+        ("steps = 5", "parameter steps is 5; it has to be a list of a number"),
+        ('out = ["y"]', "it has to be text"),
+        ('rates = ["2e-4"]', r"parameter rates is \['2e-4'\]; it has to be a list of a number"),  # YAML needs 2.0e-4
+        ('flags = "--clip"', "parameter flags is '--clip'; it has to be a list"),
+        ("fast = 1", "it has to be True or False"),
+        ("seed = True", "it has to be a number"),
+        ("seed = None", "it has to be a number"),
+    ],
+)
+def test_parameters_that_it_has_not(injected, sentence):
+    with pytest.raises(InputError, match=sentence):
+        check_parameters(executed(injected))
+
+
+def test_the_cell_that_ran_last_counts():
+    """In a live notebook, cells run again: the parameters' own, and the injected one, also twice in a row."""
+    again = [*executed("seed = 1"), DEFAULTS, "# Parameters\nseed = 2", "# Parameters\nseeds = 3"]
+    with pytest.raises(InputError, match="unknown parameter seeds"):
+        check_parameters(again)
+    check_parameters([*again, "# Parameters\nseed = 3"])
