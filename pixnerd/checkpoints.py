@@ -14,17 +14,21 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .distributed import World
 from .errors import InputError
 from .model import ModelConfig, PixNerd
 from .text import TextModelConfig, TextPixNerd
 
+SHARDS = "shards"  # the folder, in a sharded training's checkpoint, where every process has written its part
 LATEST = "latest"  # a text file beside the checkpoints that names the newest complete one
 
 
@@ -33,10 +37,16 @@ LATEST = "latest"  # a text file beside the checkpoints that names the newest co
 
 def save_model(model: PixNerd | TextPixNerd, path: Path) -> None:
     """Write the weights, with the configuration in the file's metadata, so that the file alone rebuilds the model."""
+    save_file(model.state_dict(), path, _about(model))
+
+
+def _about(model: nn.Module) -> dict[str, str]:
+    if not isinstance(model, (PixNerd, TextPixNerd)):
+        return {}
     about: dict[str, Any] = {"config": dataclasses.asdict(model.config)}
     if isinstance(model, PixNerd):
         about["num_classes"] = model.num_classes
-    save_file(model.state_dict(), path, {"pixnerd": json.dumps(about)})
+    return {"pixnerd": json.dumps(about)}
 
 
 def load_model(path: Path, device: torch.device | str = "cpu") -> PixNerd | TextPixNerd:
@@ -76,21 +86,45 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: PixNerd, ema: PixNerd, optimizer: torch.optim.Optimizer, keep: int
+    folder: Path,
+    step: int,
+    models: dict[str, PixNerd | TextPixNerd],
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    world: World,
 ) -> Path:
-    """Write `folder`/step-N with model, EMA and optimiser, then name it in `latest` and drop all but the newest `keep`.
+    """Write `folder`/step-N, then name it in `latest` and drop all but the newest `keep`. Every process calls it.
 
-    The checkpoint is written beside its place and renamed when complete: a reader never sees half of one.
+    The checkpoint is written beside its place and renamed when complete: a reader never sees half of one. The leading
+    process writes everything; of a sharded model, every process writes its own part, and the moving averages are
+    written whole beside them, so that whoever samples need not know how the training was spread.
+
+    Args:
+        models: file name → model: "model", which `optimizer` trains, its moving averages "ema", …, and, where features
+            are aligned, the "projector", which is trained with it.
     """
     target = folder / f"step-{step}"
     partial = folder / f".partial-step-{step}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_model(model, partial / "model.safetensors")
-    save_model(ema, partial / "ema.safetensors")
-    save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
-    (partial / "state.json").write_text(json.dumps({"step": step}))
-    for path in partial.iterdir():
+    if world.leads:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    world.wait()
+    if is_sharded(models["model"]):
+        writer = dcp.HuggingFaceStorageWriter(str(partial / SHARDS), save_distributed=True)
+        dcp.save(_training_tensors(models, optimizer), storage_writer=writer)
+        whole = {name: _whole(model, world) for name, model in models.items() if name != "model"}
+    else:
+        whole = {name: model.state_dict() for name, model in models.items()}
+        if world.leads:
+            save_file(_optimizer_tensors(models, optimizer), partial / "optimizer.safetensors")
+    world.wait()
+    if not world.leads:
+        return target
+    for name, weights in whole.items():
+        save_file(weights, partial / f"{name}.safetensors", _about(models[name]))
+    shards = len(list((partial / SHARDS).glob("*.safetensors")))
+    (partial / "state.json").write_text(json.dumps({"step": step, "shards": shards}))
+    for path in partial.rglob("*"):
         _sync(path)
     if target.exists():  # a damaged one that a resumed training has reached again
         shutil.rmtree(target)
@@ -98,21 +132,60 @@ def save_checkpoint(
     _sync(folder)
     write_atomically(folder / LATEST, target.name + "\n")
     for _, old in _numbered(folder)[:-keep]:
-        shutil.rmtree(old)
+        retired = old.with_name(f".retired-{old.name}")  # out of sight first: no reader meets it half removed
+        old.rename(retired)
+    for retired in folder.glob(".retired-*"):
+        shutil.rmtree(retired)
     return target
 
 
-def load_training_state(checkpoint: Path, model: PixNerd, ema: PixNerd, optimizer: torch.optim.Optimizer) -> int:
-    """Fill model, EMA and optimiser from a checkpoint folder; returns its step."""
-    device = str(next(model.parameters()).device)
-    model.load_state_dict(load_file(checkpoint / "model.safetensors", device))
-    ema.load_state_dict(load_file(checkpoint / "ema.safetensors", device))
-    tensors = load_file(checkpoint / "optimizer.safetensors")
-    state = {}
-    for index, (name, _) in enumerate(model.named_parameters()):
-        state[index] = {key: tensors[f"{key}:{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def load_training_state(
+    checkpoint: Path, models: dict[str, PixNerd | TextPixNerd], optimizer: torch.optim.Optimizer
+) -> int:
+    """Fill models and optimiser, whole or sharded, from a checkpoint folder, whole or sharded; returns its step."""
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
+    tensors = _training_tensors(models, optimizer)
+    if (checkpoint / SHARDS).is_dir():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may read what many wrote
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint / SHARDS)))
+    else:
+        for file in (*models, "optimizer"):
+            for name, saved in load_file(checkpoint / f"{file}.safetensors").items():
+                _fill(tensors[f"{file}:{name}"], saved)
     return json.loads((checkpoint / "state.json").read_text())["step"]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether every process holds a part of each weight only."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def _training_tensors(models: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that a training goes on from: "file:name" → tensor, the live ones."""
+    weights = {f"{file}:{name}": w for file, model in models.items() for name, w in model.state_dict().items()}
+    state = _optimizer_tensors(models, optimizer)
+    return weights | {f"optimizer:{name}": tensor for name, tensor in state.items()}
+
+
+@torch.no_grad()
+def _fill(live: Tensor, saved: Tensor) -> None:
+    saved = saved.to(live.device)
+    if isinstance(live, DTensor):
+        saved = distribute_tensor(saved, live.device_mesh, live.placements)
+    live.copy_(saved)
+
+
+def _whole(model: nn.Module, world: World) -> dict[str, Tensor]:
+    """A sharded model's weights, gathered one after the other, on the CPU of the leading process."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        gathered = tensor.full_tensor()
+        if world.leads:
+            weights[name] = gathered.cpu()
+    return weights
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -126,13 +199,16 @@ def newest_checkpoint(folder: Path) -> Path | None:
     damaged = []
     for _, checkpoint in reversed(_numbered(folder)):
         try:
-            for name in ("model", "ema", "optimizer"):
-                path = checkpoint / f"{name}.safetensors"
+            state = checkpoint / "state.json"
+            with readable(state):
+                shards = json.loads(state.read_text()).get("shards", 0)
+            parts = sorted((checkpoint / SHARDS).glob("*.safetensors"))
+            if len(parts) != shards:
+                raise InputError(f"{checkpoint} has {len(parts)} of its {shards} shards")
+            files = parts or [checkpoint / f"{name}.safetensors" for name in ("model", "optimizer")]
+            for path in (*files, checkpoint / "ema.safetensors"):
                 with readable(path), safe_open(path, "pt"):  # reads the header and compares it with the file's length
                     pass
-            path = checkpoint / "state.json"
-            with readable(path):
-                json.loads(path.read_text())
         except InputError as error:
             warnings.warn(f"checkpoint {checkpoint.name} is skipped: {error}", stacklevel=2)
             damaged.append(str(error))
@@ -143,14 +219,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def load(
-    path: str | Path, *, weights: Literal["ema", "model"] = "ema", device: torch.device | str = "cpu"
-) -> PixNerd | TextPixNerd:
+def load(path: str | Path, *, weights: str = "ema", device: torch.device | str = "cpu") -> PixNerd | TextPixNerd:
     """A trained model in evaluation mode.
 
     Args:
         path: a run's folder (its newest readable checkpoint is taken), a checkpoint's folder, or a .safetensors file.
-        weights: the moving average, or the weights as the optimiser left them (files hold just one of them).
+        weights: which of a checkpoint's files: "ema", the moving average; "ema-0.999", an extra one of this decay;
+            "model", the weights as the optimiser left them, which a sharded training does not write whole.
         device: where the model goes.
 
     Raises:
@@ -179,8 +254,10 @@ def write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names = {parameter: name for name, parameter in model.named_parameters()}
+def _optimizer_tensors(models: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names = {parameter: name for name, parameter in models["model"].named_parameters()}
+    if "projector" in models:
+        names |= {parameter: f"projector.{name}" for name, parameter in models["projector"].named_parameters()}
     return {f"{key}:{names[p]}": value for p, state in optimizer.state.items() for key, value in state.items()}
 
 
@@ -248,17 +325,20 @@ def load_released(
     path = Path(source)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         path = _download(str(source), filename)
-    with readable(path):
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(contents, dict) or not isinstance(contents.get("state_dict"), dict):
-        raise InputError(f"{path} has no state_dict; the released checkpoints keep their weights there")
-    released = _denoiser_weights(contents["state_dict"])
+    released = _map_released(path)
     try:
         with torch.device("meta"):
             model = _empty_model(released)
     except KeyError as error:
         raise InputError(f"{path} does not hold PixNerd's weights: {error.args[0]} is missing") from error
-    weights = _rename_released(released, model.config.blocks)
+    blocks, is_text = model.config.blocks, isinstance(model, TextPixNerd)
+    gate_values = {} if is_text else _join_gate_values(_rename_released(released, blocks), blocks)
+    del released  # with the last tensor the mapping goes, and the memory of what was read only to be copied
+    weights = _rename_released(_map_released(path), blocks)
+    for name in gate_values:
+        for part in ("gate", "value"):
+            del weights[name.replace("gate_value", part)]
+    weights |= gate_values
     expected = model.state_dict()
     missing, surplus = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or surplus:
@@ -290,6 +370,15 @@ def _download(repository: str, filename: str | None) -> Path:
         raise InputError(
             f"{repository} is no file here and could not be fetched from the Hugging Face hub: {reason}"
         ) from error
+
+
+def _map_released(path: Path) -> dict[str, Tensor]:
+    """The denoiser's weights in the file, mapped: nothing is read before somebody looks at it."""
+    with readable(path):
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(contents, dict) or not isinstance(contents.get("state_dict"), dict):
+        raise InputError(f"{path} has no state_dict; the released checkpoints keep their weights there")
+    return _denoiser_weights(contents["state_dict"])
 
 
 def _denoiser_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -359,8 +448,14 @@ def _rename_released(released: dict[str, Tensor], blocks: int) -> dict[str, Tens
             stem = next((name for name in RELEASED_NAMES if module == name or module.startswith(name + ".")), None)
             ours = module if stem is None else RELEASED_NAMES[stem] + module.removeprefix(stem)
         weights[f"{ours}.{leaf}"] = tensor
-    for index in range(0 if is_text else blocks):  # our SwiGLU keeps gate and value in one matrix
-        gate, value = (weights.pop(f"blocks.{index}.mlp.{part}.weight", None) for part in ("gate", "value"))
-        if gate is not None and value is not None:
-            weights[f"blocks.{index}.mlp.gate_value.weight"] = torch.cat((gate, value))
     return weights
+
+
+def _join_gate_values(weights: dict[str, Tensor], blocks: int) -> dict[str, Tensor]:
+    """Our SwiGLU keeps gate and value in one matrix; the class-conditional layout has two."""
+    joined = {}
+    for index in range(blocks):
+        gate, value = (weights.get(f"blocks.{index}.mlp.{part}.weight") for part in ("gate", "value"))
+        if gate is not None and value is not None:
+            joined[f"blocks.{index}.mlp.gate_value.weight"] = torch.cat((gate, value))
+    return joined

@@ -1,4 +1,4 @@
-"""The command line: pixnerd train | sample | evaluate | convert | data.
+"""The command line: pixnerd train | sample | evaluate | convert | data | prepare.
 
 Wrong input ends with one sentence on standard error and exit code 2.
 """
@@ -7,7 +7,10 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from tqdm import tqdm
 
 from . import data
 from .checkpoints import load, load_released, save_model
+from .distributed import join, leave
 from .errors import InputError
 from .metrics.nearest import digit_agreement
 from .randomness import Purpose, generator
@@ -42,13 +46,26 @@ class Train:
     """use a named model size; --model.* flags override it"""
 
     def run(self) -> None:
-        records = train(self.config)
-        with tqdm(total=self.config.steps, unit="step", mininterval=1) as bar:
+        stop = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: stop.set())  # what clusters send before they take a machine away
+        records, world = train(self.config), join()
+        if world.size > 1:  # several processes have to stop at the same step to save together
+            signal.signal(signal.SIGINT, lambda *_: stop.set())
+        last = self.config.steps
+        with tqdm(total=last, unit="step", mininterval=1, disable=not world.leads) as bar:
             for record in records:
                 bar.update(record.step - bar.n)
                 if record.step % self.config.log_every == 0:
                     bar.set_postfix(loss=f"{float(record.loss):.4f}")
-        print(f"trained: {self.config.out}; look at it with: pixnerd sample {self.config.out}")
+                if record.step < last and world.any(stop.is_set()):
+                    records.close()  # writes a checkpoint
+                    last = record.step
+                    break
+        leave()
+        if world.leads and last < self.config.steps:
+            print(f"stopped after step {last}, as told; the same command goes on from here")
+        elif world.leads:
+            print(f"trained: {self.config.out}; look at it with: pixnerd sample {self.config.out}")
 
 
 @dataclass(frozen=True)
@@ -69,6 +86,10 @@ class Sample:
     interval: tuple[float, float] | None = None
     """guide only steps that start strictly inside"""
     shift: float | None = None
+    image_size: tuple[int, int] | None = None
+    """height and width in pixels; by default what the model was trained at"""
+    base_resolution: tuple[int, int] | None = None
+    """height and width that the transformer sees while the fields decode the image size; by default the same"""
     seed: int = 0
     """of the noise; image i depends on (seed, i) alone"""
     batch_size: int = 64
@@ -97,7 +118,14 @@ class Sample:
             features = caption_encoder(config, device)([*self.prompts, ""])  # [prompts + 1, L, F]
             condition, empty = features[labels], features[-1]
         batches = sample_batches(
-            model, condition, sampling, unconditional=empty, seed=self.seed, batch_size=self.batch_size
+            model,
+            condition,
+            sampling,
+            unconditional=empty,
+            size=self.image_size,
+            base_resolution=self.base_resolution,
+            seed=self.seed,
+            batch_size=self.batch_size,
         )
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             images = list(tqdm(batches, total=-(-self.count // self.batch_size), unit="batch"))
@@ -147,10 +175,10 @@ class Convert:
 
 @dataclass(frozen=True)
 class Data:
-    """Look at a data set: how many images of which classes, and, with --show, a contact sheet."""
+    """Look at a data set: how many images of which classes, three captions, and, with --show, a contact sheet."""
 
     name: Annotated[str, tyro.conf.Positional]
-    """digits, emoji, emoji:held-out, emoji:all, synthetic or folder:PATH"""
+    """digits, emoji, emoji:WORDS, synthetic, folder:PATH, imagenet:PATH, prepared:PATH, captions:PATH or shards:PATH"""
     image_size: int = 32
     """pixels along a side"""
     show: bool = False
@@ -164,15 +192,44 @@ class Data:
         print(f"{self.name}: {len(dataset)} images of {dataset.channels}x{self.image_size}x{self.image_size}")
         for name, count in zip(dataset.classes, counts, strict=True):
             print(f"  {name}: {count}")
+        shuffle = generator(torch.device("cpu"), 0, Purpose.DATA_ORDER)
+        chosen = torch.randperm(len(dataset), generator=shuffle)[:100].tolist()
+        for index in chosen[:3] if dataset.captions else ():
+            print(f"  image {index}: {dataset.captions[index][0]}")
         if self.show:
-            shuffle = generator(torch.device("cpu"), 0, Purpose.DATA_ORDER)
-            pixels, _ = dataset.batch(torch.randperm(len(dataset), generator=shuffle)[:100].tolist())
+            pixels, _ = dataset.batch(chosen)
             self.out.parent.mkdir(parents=True, exist_ok=True)
             save_image(make_grid(pixels / 255, nrow=10, pad_value=0.5), self.out)
             print(f"contact sheet: {self.out}")
 
 
-def parse(arguments: Sequence[str]) -> Train | Sample | Evaluate | Convert | Data:
+@dataclass(frozen=True)
+class Prepare:
+    """Crop a data set once and keep plain pixels, for `train --data prepared:OUT`; the same command goes on where it
+    stopped, and checks every byte of a finished copy."""
+
+    name: Annotated[str, tyro.conf.Positional]
+    """a data set without captions, such as imagenet:PATH or folder:PATH"""
+    out: Path
+    """folder of the copy; ImageNet at 256 pixels takes 252 GB"""
+    image_size: int = 256
+    """pixels along a side"""
+    workers: int = os.cpu_count() or 1
+    """processes that read and crop; 0 does it in this one"""
+
+    def run(self) -> None:
+        source = data.load(self.name, self.image_size)
+        copy = data.prepare(source, self.name, self.out, self.workers)
+        print(data.read_speeds(source, copy))
+        if copy.skipped:
+            print(
+                f"{len(copy.skipped)} of {len(source)} images cannot be read and are left out, see "
+                f"{self.out / 'skipped.txt'}; the first: {copy.skipped[0]}"
+            )
+        print(f"prepared: {len(copy.images)} images in {self.out}; train on them with: --data prepared:{self.out}")
+
+
+def parse(arguments: Sequence[str]) -> Train | Sample | Evaluate | Convert | Data | Prepare:
     """The command with its flags. Raises InputError for an unknown recipe, size or value out of range."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--recipe", default=Train.recipe)
@@ -188,6 +245,7 @@ def parse(arguments: Sequence[str]) -> Train | Sample | Evaluate | Convert | Dat
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Convert, tyro.conf.subcommand("convert")]
         | Annotated[Data, tyro.conf.subcommand("data")]
+        | Annotated[Prepare, tyro.conf.subcommand("prepare")]
     )
     with contextlib.redirect_stderr(io.StringIO()) as printed:
         try:

@@ -5,6 +5,7 @@ paths), Esser et al. 2403.03206 (logit-normal times, shift), Li & He 2511.13720 
 Dimension letters: B images, C channels, H × W pixels.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,20 @@ class FlowLoss(NamedTuple):
     per_image: Tensor  # [B], detached: who pays how much, for the loss by t
 
 
-def loss(model: PatchDenoiser, image: Tensor, condition: Tensor, noise: Tensor, t: Tensor) -> FlowLoss:
+def mean_square(error: Tensor) -> Tensor:
+    """[B, C, H, W] → [B]"""
+    return error.square().mean(dim=(1, 2, 3))
+
+
+def loss(
+    model: PatchDenoiser,
+    image: Tensor,
+    condition: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    base_resolution: tuple[int, int] | None = None,
+    measure: Callable[[Tensor], Tensor] = mean_square,
+) -> FlowLoss:
     """mean((v̂ − v)²) at x_t, weight 1.
 
     For a model that predicts the image, both velocities have 1 − t clamped at 0.05, so that a right image is a right
@@ -53,11 +67,13 @@ def loss(model: PatchDenoiser, image: Tensor, condition: Tensor, noise: Tensor, 
         condition: what the model is conditioned on: labels [B], or text features [B, L, F].
         noise: standard normal, like image.
         t: times [B] in [0, 1].
+        base_resolution: (h, w) that the transformer sees while the head decodes H × W; by default the same.
+        measure: the size [B] of velocity errors [B, C, H, W]; by default their mean square.
     """
     x_t = interpolate(image, noise, t)
     if model.config.prediction == "v":
         target = velocity(image, noise)
     else:
         target = velocity_from_image(image, x_t, t)
-    per_image = (model(x_t, t, condition) - target).square().mean(dim=(1, 2, 3))  # [B]
+    per_image = measure(model(x_t, t, condition, base_resolution) - target)  # [B]
     return FlowLoss(per_image.mean(), per_image.detach())

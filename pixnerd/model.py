@@ -12,13 +12,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .errors import InputError
 from .fields import Encoding, LinearHead, NeuralFieldHead, WeightNorm
 from .layers import Attention, DiTBlock, TimeEmbedding, rotary_table
 
 Prediction = Literal["v", "x"]
-Recompute = Literal["none", "head"]
+Recompute = Literal["none", "head", "all"]
 
 MIN_REMAINING_TIME = 0.05  # 1 − t is not taken smaller than this where it divides
 
@@ -131,13 +132,15 @@ def velocity_from_image(image: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
 class PatchDenoiser(nn.Module):
     """What the class-conditional and the text-to-image network share: patches in, blocks, a head for every patch.
 
-    `recompute` ("head" or "none") is whether training decodes the head's pixels again in the backward pass instead of
-    keeping every activation; it changes memory and time, never the numbers.
+    `recompute` is what training computes again in the backward pass instead of keeping every activation: "none", the
+    pixels of the "head", or "all", the head and every block. It changes memory and time, never the numbers.
     """
 
     def __init__(self, config: ModelConfig, blocks: Iterable[DiTBlock], recompute: Recompute):
         super().__init__()
         self.config, self.recompute = config, recompute
+        self.tap: int | None = None  # which block's output to keep in `tapped`, counted from 1
+        self.tapped: Tensor | None = None  # [B, N, D]
         width, patch_size, channels = config.width, config.patch_size, config.channels
         self.patch_embed = nn.Linear(channels * patch_size**2, width)
         self.time_embed = TimeEmbedding(width)
@@ -184,12 +187,17 @@ class PatchDenoiser(nn.Module):
         precision = torch.promote_types(x.dtype, torch.float32)
         rotary = rotary_table(rows, columns, self.rotary_ends(rows, columns), head_dim, precision, x.device)
         tokens = self.patch_embed(rearrange(seen, "b c (h p) (w q) -> b (h w) (c p q)", p=P, q=P))  # [B, N, D]
-        for block in self.blocks:
-            tokens = block(tokens, c, rotary, text)
+        for place, block in enumerate(self.blocks, start=1):
+            if self.training and self.recompute == "all" and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, c, rotary, text, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = block(tokens, c, rotary, text)
+            if place == self.tap:
+                self.tapped = tokens
         s = F.silu(time[:, None] + tokens).flatten(0, 1)  # [B·N, D]
         pixels = rearrange(x, "b c (h p) (w q) -> (b h w) (p q) c", h=rows, w=columns)  # [B·N, K, C]
         patch = x.shape[2] // rows, x.shape[3] // columns
-        pixels = self.head(pixels, s, patch, self.training and self.recompute == "head")
+        pixels = self.head(pixels, s, patch, self.training and self.recompute != "none")
         out = rearrange(pixels, "(b h w) (p q) c -> b c (h p) (w q)", h=rows, w=columns, p=patch[0])
         return out if self.config.prediction == "v" else velocity_from_image(out, x, t)
 

@@ -3,11 +3,13 @@
 Images are [B, C, H, W] in [−1, 1]; one channel is drawn grey.
 """
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -17,16 +19,18 @@ from .data import to_uint8
 GAP = 2  # pixels between images
 
 
+def _few_levels(images: Tensor) -> Tensor:
+    """uint8 with 32 levels: they look the same and make a figure's file a third as large."""
+    return (to_uint8(images.cpu()).float() / 255 * 31).round().mul(255 / 31).to(torch.uint8)
+
+
 def image_table(
     images: Tensor, columns: int, row_titles: Sequence[str] = (), column_titles: Sequence[str] = (), side: float = 0.5
 ) -> Figure:
     """A table of images, row by row, `side` inches each; every pixel is drawn as a square."""
     height, width = images.shape[2:]
     rows = -(-len(images) // columns)
-    pixels = to_uint8(images.cpu())
-    if pixels.shape[1] == 1:  # 32 greys look the same and make the file a third as large
-        pixels = (pixels.float() / 255 * 31).round().mul(255 / 31).to(pixels.dtype)
-    grid = make_grid(pixels, nrow=columns, padding=GAP, pad_value=255)  # [3, rows·…, columns·…]
+    grid = make_grid(_few_levels(images), nrow=columns, padding=GAP, pad_value=255)  # [3, rows·…, columns·…]
     size = (columns * side + 0.8, rows * side * height / width + 0.4)  # the rest is for the titles
     figure, axis = plt.subplots(figsize=size, layout="constrained")
     axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -36,6 +40,51 @@ def image_table(
     axis.set_yticks(centres[: len(row_titles), 0], row_titles)
     axis.set_xticks(centres[: len(column_titles), 1], column_titles)
     plt.close(figure)  # whoever asked for it displays it, once
+    return figure
+
+
+def captioned_images(images: Tensor, captions: Sequence[str], columns: int, side: float = 0.64) -> Figure:
+    """A table of images [B, C, H, W], `side` inches each, with a caption of up to three short lines below each."""
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(columns * side, rows * (side + 0.38)), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, pixels, caption in zip(axes.flat, _few_levels(images), captions, strict=False):
+        axis.imshow(pixels.permute(1, 2, 0).squeeze(-1).numpy(), interpolation="nearest", cmap="gray", vmin=0, vmax=255)
+        lines = textwrap.wrap(caption, int(side * 18), max_lines=3, placeholder="…")
+        axis.text(0.5, -0.06, "\n".join(lines), transform=axis.transAxes, ha="center", va="top", fontsize=6.5)
+    figure.subplots_adjust(
+        left=0, right=1, top=1, bottom=0.38 / (rows * (side + 0.38)), wspace=0.06, hspace=0.42 / side
+    )
+    plt.close(figure)
+    return figure
+
+
+def matrix(values: Tensor, names: Sequence[str]) -> Figure:
+    """A square table of numbers [N, N] in [0, 1], dark for small, with the same names along both sides."""
+    side = 0.5 * len(names) + 1.2
+    figure, axis = plt.subplots(figsize=(side, side - 0.4), layout="constrained")
+    axis.imshow(values.numpy(), vmin=0, vmax=1, cmap="viridis")
+    for row, column in np.ndindex(*values.shape):
+        value = float(values[row, column])
+        axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="w" if value < 0.6 else "k")
+    axis.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=9)
+    axis.set_yticks(range(len(names)), names, fontsize=9)
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    plt.close(figure)
+    return figure
+
+
+def bars(values: Tensor, names: Sequence[str], title: str) -> Figure:
+    """Horizontal bars of values [N] between 0 and 1, the first on top, each with its number."""
+    figure, axis = plt.subplots(figsize=(5, 0.3 * len(names) + 0.6), layout="constrained")
+    drawn = axis.barh(list(names), values.numpy())
+    axis.bar_label(drawn, fmt="%.2f", padding=3, fontsize=9)
+    axis.set(xlim=(0, 1), title=title)
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    plt.close(figure)
     return figure
 
 
@@ -51,5 +100,18 @@ def loss_curve(log: Sequence[dict[str, Any]]) -> Figure:
     known = ~np.isnan(by_t).all(axis=0)
     right.bar((np.arange(10) / 10 + 0.05)[known], np.nanmean(by_t[:, known], axis=0), width=0.09)
     right.set(xlabel="t  (0 noise, 1 data)", xlim=(0, 1), title="loss by t, last quarter")
+    plt.close(figure)
+    return figure
+
+
+def speed_curve(log: Sequence[dict[str, Any]]) -> Figure:
+    """Images a second over the steps of a log.jsonl, and, on the right, the share of what the devices could do."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 2.2), layout="constrained")
+    steps = [entry["step"] for entry in log]
+    for axis, name, title in zip(
+        axes, ("images_per_second", "utilisation"), ("images / s", "utilisation"), strict=True
+    ):
+        axis.plot(steps, [entry[name] for entry in log])
+        axis.set(xlabel="step", ylim=(0, None), title=title)
     plt.close(figure)
     return figure

@@ -18,6 +18,8 @@ class Purpose(IntEnum):
     TRAINING_STEP = 2
     SAMPLE_NOISE = 3
     SYNTHETIC_IMAGE = 4
+    DECODE_SIZE = 5
+    PROJECTOR_WEIGHTS = 6
 
 
 def derived_seed(seed: int, purpose: Purpose, *key: int) -> int:

@@ -18,7 +18,13 @@ from .data import to_uint8
 from .errors import InputError
 
 # entries of config.json that may differ when a run goes on: where, how long, how often, on what
-CHANGEABLE = {"out", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "workers", "compile"}
+CHANGEABLE = {"out", "steps", "log_every", "checkpoint_every", "keep_checkpoints"} | {
+    "accumulate",
+    "compile",
+    "recompute",
+    "shard",
+    "workers",
+}
 
 
 class Run:

@@ -200,16 +200,20 @@ def sample_batches(
     config: SamplingConfig,
     *,
     unconditional: Tensor | None = None,
+    size: tuple[int, int] | None = None,
+    base_resolution: tuple[int, int] | None = None,
     seed: int = 0,
     batch_size: int = 64,
 ) -> Iterator[Tensor]:
-    """Many images of the model's own size, batch by batch [≤ batch_size, C, H, W]; image i starts at noise (seed, i).
+    """Many images, batch by batch [≤ batch_size, C, H, W]; image i starts at noise (seed, i).
 
     Args: see `trajectory`. Raises InputError before the first batch.
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it has to be at least 1")
     _conditions(model, labels, unconditional, config)
-    settings = {**dataclasses.asdict(config), "unconditional": unconditional, "seed": seed}
+    check_resolution(model.config, size or (model.config.image_size,) * 2, base_resolution)
+    where = {"size": size, "base_resolution": base_resolution}
+    settings = {**dataclasses.asdict(config), **where, "unconditional": unconditional, "seed": seed}
     batches = torch.arange(len(labels)).split(batch_size)
     return (sample(model, labels[batch], indices=batch.tolist(), **settings) for batch in batches)

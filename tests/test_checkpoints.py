@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from pixnerd import InputError, ModelConfig, PixNerd, load, load_released
 from pixnerd.checkpoints import newest_checkpoint, save_checkpoint, save_model
+from pixnerd.distributed import World
 
 from .conftest import SWITCHES, TINY, randomised
 from .released import as_released
@@ -30,7 +31,8 @@ def checkpoint(folder, step, seed):
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     model(torch.randn(1, 3, 16, 16), torch.rand(1), torch.tensor([0])).sum().backward()
     optimizer.step()
-    return save_checkpoint(folder, step, model, ema, optimizer, keep=2), ema
+    alone = World(0, 1, torch.device("cpu"))
+    return save_checkpoint(folder, step, {"model": model, "ema": ema}, optimizer, keep=2, world=alone), ema
 
 
 def test_checkpoints_are_complete_and_only_the_newest_are_kept(tmp_path):

@@ -110,7 +110,7 @@ BAD_TRAINING = {
     "steps": (["--steps", "0"], "steps is 0"),
     "data": (
         ["--data", "minst"],
-        "data set 'minst' is unknown; known: digits, emoji, emoji:held-out, emoji:all, synthetic, folder:PATH",
+        "data set 'minst' is unknown; known: digits, emoji, emoji:WORDS, synthetic, folder:PATH",
     ),
     "size": (["--size", "Q/16"], "model size 'Q/16' is unknown; known sizes: nano/8"),
     "recipe": (["--recipe", "magic"], "recipe 'magic' is unknown; known recipes: imagenet-256"),
@@ -171,7 +171,7 @@ def test_nothing_there(tmp_path, capsys):
     assert "holds no run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "convert", "data"])
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "convert", "data", "prepare"])
 def test_every_command_explains_itself(command, capsys):
     assert run(command, "--help") == 0
     out = capsys.readouterr().out

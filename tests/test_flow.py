@@ -63,7 +63,7 @@ def test_a_perfect_network_has_no_loss(prediction):
     class Perfect(torch.nn.Module):
         config = dataclasses.replace(TINY, prediction=prediction)
 
-        def forward(self, x_t, t, labels):
+        def forward(self, x_t, t, labels, base_resolution):
             return image - noise if prediction == "v" else velocity_from_image(image, x_t, t)
 
     losses = flow.loss(Perfect(), image, torch.zeros(3, dtype=torch.long), noise, t)

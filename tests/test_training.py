@@ -9,7 +9,7 @@ from pixnerd import InputError, ModelConfig, flow, load, training
 from pixnerd.model import PixNerd
 from pixnerd.runs import Run
 from pixnerd.text import TextModelConfig
-from pixnerd.training import DataOrder, NonFiniteLoss, TrainConfig, draw_step, train
+from pixnerd.training import NonFiniteLoss, TrainConfig, draw_step, step_indices, step_size, train
 
 from .plain import network
 
@@ -99,7 +99,7 @@ def test_one_step_is_adamw_on_the_loss(tmp_path):
         torch.manual_seed(training.derived_seed(0, training.Purpose.INITIAL_WEIGHTS))
         before = PixNerd(MODEL, 10)
     dataset = training.data.load("synthetic", 16)
-    indices = next(iter(DataOrder(len(dataset), config, 0)))
+    indices = step_indices(len(dataset), config, 0, range(8))
     draws = draw_step(config, 0, range(8), (3, 16, 16), CPU)
     images = torch.stack([dataset[i][0].flip(-1) if f else dataset[i][0] for i, f in zip(indices, draws.flipped)])  # noqa: B905
     labels = torch.tensor([10 if d else dataset[i][1] for i, d in zip(indices, draws.dropped)])  # noqa: B905
@@ -159,11 +159,12 @@ def test_draws_have_the_stated_distributions():
 
 def test_every_image_once_an_epoch_and_resuming_keeps_the_order():
     config = config_for("unused", batch_size=7, steps=40)
-    order = [i for indices in DataOrder(20, config, 0) for i in indices]
+    order = [i for step in range(40) for i in step_indices(20, config, step, range(7))]
     epochs = [order[i : i + 20] for i in range(0, 280, 20)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
     assert epochs[0] != epochs[1]
-    assert [i for indices in DataOrder(20, config, 11) for i in indices] == order[77:]
+    halves = [step_indices(20, config, 11, part) for part in (range(0, 3), range(3, 7))]  # two devices share a step
+    assert halves[0] + halves[1] == order[77:84]
 
 
 def test_learning_rate_schedule():
@@ -213,7 +214,7 @@ def test_unreadable_image_is_named_and_the_steps_done_are_kept(tmp_path, monkeyp
     original = training.data.Synthetic.batch
     monkeypatch.setattr(training.data.Synthetic, "batch", batch)
     config = config_for(tmp_path / "run", steps=200, checkpoint_every=200)
-    fatal = next(step for step, indices in enumerate(DataOrder(1000, config, 0)) if 3 in indices)
+    fatal = next(step for step in range(200) if 3 in step_indices(1000, config, step, range(8)))
     with pytest.raises(InputError, match="image 3 cannot be read"):
         list(train(config, CPU))
     assert (tmp_path / "run/checkpoints/latest").read_text() == f"step-{fatal}\n"
@@ -229,8 +230,129 @@ def test_bfloat16_stays_near_float32(tmp_path):
     assert load(tmp_path / "bfloat16").patch_embed.weight.dtype == torch.float32
 
 
+def test_fields_are_trained_at_every_decode_size_and_resume_exactly(tmp_path, monkeypatch):
+    """The loss of a step, by hand: the drawn size's images, and a transformer that sees the model's own size."""
+    config = config_for(tmp_path / "run", decode_sizes=(16, 24, 48), steps=9, horizontal_flip=False, label_dropout=0)
+    sizes = [step_size(config, step) for step in range(9)]
+    assert set(sizes) == {16, 24, 48}
+    first = [float(record.loss) for record in train(config, CPU)]
+    with torch.random.fork_rng():
+        torch.manual_seed(training.derived_seed(0, training.Purpose.INITIAL_WEIGHTS))
+        model = PixNerd(MODEL, 10)
+    dataset = training.data.load("synthetic", sizes[0])
+    images, labels = map(
+        torch.stack, zip(*((x, torch.tensor(y)) for x, y in batch_of(dataset, config, 0)), strict=True)
+    )
+    draws = draw_step(config, 0, range(8), (3, sizes[0], sizes[0]), CPU)
+    expected = flow.loss(model, images, labels, draws.noise, draws.t, base_resolution=(16, 16)).mean
+    assert first[0] == pytest.approx(expected.item(), rel=1e-6)
+    again = dataclasses.replace(config, out=str(tmp_path / "again"))
+    losses = []
+    for stop in (4, None):
+        for record in train(again, CPU):
+            losses.append(float(record.loss))
+            if record.step == stop:
+                break
+    assert losses == first
+
+
+def batch_of(dataset, config, step):
+    return [dataset[i] for i in step_indices(len(dataset), config, step, range(config.batch_size))]
+
+
+class Means:
+    """A teacher that sees the mean colour of every token's part, and counts the images it looked at."""
+
+    name, features, seen = "means", 3, 0
+
+    def __call__(self, images, grid):
+        Means.seen += len(images)
+        return torch.nn.functional.adaptive_avg_pool2d(images, grid).flatten(2).transpose(1, 2)
+
+
+def test_alignment_teaches_a_block_the_teachers_features(tmp_path, monkeypatch):
+    """The angle shrinks; a run stopped and resumed is the same run; a cached teacher looks at every image once."""
+    monkeypatch.setattr(training, "load_teacher", lambda *_: Means())
+    options = {"align": "means", "align_block": 1, "steps": 60, "log_every": 20, "clip": None, "batch_size": 40}
+    config = config_for(tmp_path / "run", **options, checkpoint_every=25)
+    records = train(config, CPU)
+    next(records)
+    records.close()  # stopped and resumed: the projector and its moments are part of the state
+    list(train(config, CPU))
+    aligned = [entry["alignment"] for entry in Run(tmp_path / "run").read_log()]
+    assert aligned[-1] < 0.85 * aligned[0]
+    straight = dataclasses.replace(config, out=str(tmp_path / "straight"))
+    list(train(straight, CPU))
+    assert final_files(tmp_path / "run") == final_files(tmp_path / "straight")
+    assert "projector.safetensors" in final_files(tmp_path / "run")
+
+    Means.seen = 0
+    cached = dataclasses.replace(config, out=str(tmp_path / "cached"), cache_teacher=True, horizontal_flip=False)
+    list(train(cached, CPU))
+    assert Means.seen == 1000  # images of the data set, in 60 · 40 places
+
+
+def test_alignment_ends_when_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "load_teacher", lambda *_: Means())
+    Means.seen = 0
+    config = config_for(tmp_path / "run", align="means", align_block=1, align_until=4)
+    list(train(config, CPU))
+    assert Means.seen == 4 * config.batch_size
+    assert ["alignment" in entry for entry in Run(tmp_path / "run").read_log()] == [True, False, False]
+    with pytest.raises(InputError, match="align_block is 8; the model has blocks 1 … 1"):
+        config_for("unused", align="means", align_block=8)
+
+
+def test_frequency_weights_replace_the_plain_mean_square(tmp_path):
+    """Quality 100 has equal weights, so it is the plain loss; quality 50 is not."""
+    first = {}
+    for quality in (None, 100, 50):
+        config = config_for(tmp_path / str(quality), frequency_quality=quality, steps=1)
+        first[quality] = float(next(train(config, CPU)).loss)
+    assert first[100] == pytest.approx(first[None], rel=1e-5)
+    assert first[50] != pytest.approx(first[None], rel=1e-2)
+    with pytest.raises(InputError, match="JPEG quality is 0"):
+        config_for("unused", frequency_quality=0)
+
+
+def test_decode_sizes_have_to_fit_the_tokens():
+    with pytest.raises(InputError, match="image height 25 cannot be shared by the 2 patches of base height 16"):
+        config_for("unused", decode_sizes=(16, 25))
+    with pytest.raises(InputError, match="a linear head draws at its base resolution alone"):
+        config_for("unused", decode_sizes=(32,), model=dataclasses.replace(MODEL, head="linear"))
+
+
+def test_start_from_takes_the_moving_average_of_another_run(tmp_path, straight):
+    """With a learning rate of nothing the weights stay what they were, also at another image size."""
+    larger = dataclasses.replace(MODEL, image_size=32)
+    config = config_for(
+        tmp_path / "run", steps=2, learning_rate=1e-30, start_from=str(straight[0]), model=larger, ema_decay=0.5
+    )
+    list(train(config, CPU))
+    for name, weight in load(straight[0]).state_dict().items():
+        assert load(tmp_path / "run", weights="model").state_dict()[name].equal(weight)
+        assert load(tmp_path / "run").state_dict()[name].equal(weight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"start_from": "nothing"}, "nothing does not exist"),
+        ({"model": dataclasses.replace(MODEL, width=32)}, "is another network: width 16 → 32"),
+        ({"model": dataclasses.replace(MODEL, prediction="x")}, "is another network: prediction v → x"),
+        ({"data": "digits", "model": dataclasses.replace(MODEL, image_size=32)}, "channels 3 → 1"),
+    ],
+    ids=["missing", "width", "prediction", "channels"],
+)
+def test_bad_start_is_refused_before_a_folder_is_made(tmp_path, straight, changes, sentence):
+    config = config_for(tmp_path / "run", **{"start_from": str(straight[0]), **changes})
+    with pytest.raises(InputError, match=sentence):
+        train(config, CPU)
+    assert not (tmp_path / "run").exists()
+
+
 def test_config_survives_json(tmp_path):
-    config = config_for(tmp_path, sampling=training.SamplingConfig(steps=3, interval=None))
+    config = config_for(tmp_path, decode_sizes=(16, 32), sampling=training.SamplingConfig(steps=3, interval=None))
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -246,7 +368,7 @@ def test_config_survives_json(tmp_path):
         ({"warmup_steps": -1}, "warmup_steps is -1"),
         (
             {"data": "cifar"},
-            "data set 'cifar' is unknown; known: digits, emoji, emoji:held-out, emoji:all, synthetic, folder:PATH",
+            "data set 'cifar' is unknown; known: digits, emoji, emoji:WORDS, synthetic, folder:PATH",
         ),
         ({"data": "folder:/nowhere"}, "/nowhere does not exist"),
     ],
@@ -316,5 +438,6 @@ def test_text_models_train_on_captions_through_the_same_loop(tmp_path, monkeypat
     with pytest.raises(InputError, match="gives 12 features a token; the model reads 384"):
         train(wider, CPU)
     monkeypatch.setattr(training.data, "load", original)
-    with pytest.raises(InputError, match="data set 'synthetic' has no captions"):
-        train(config_for(tmp_path / "e", **options), CPU)
+    options["model"] = dataclasses.replace(model, image_size=32)
+    with pytest.raises(InputError, match="data set 'digits' has no captions"):
+        train(config_for(tmp_path / "e", data="digits", **options), CPU)

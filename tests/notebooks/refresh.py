@@ -13,6 +13,11 @@ import papermill
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
+def is_passing(output: nbformat.NotebookNode) -> bool:
+    """Progress bars, and widgets, which need a kernel behind them."""
+    return output.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+
+
 def keep_outputs(path: Path, executed: Path) -> None:
     """Put the outputs of `executed`, a copy of the notebook at `path` that papermill ran, into `path`."""
     source, run = nbformat.read(path, as_version=4), nbformat.read(executed, as_version=4)
@@ -21,7 +26,7 @@ def keep_outputs(path: Path, executed: Path) -> None:
             if cell.source != ran.source:
                 raise SystemExit(f"{executed} ran another version of {path}: cell {cell.id} differs")
             cell.execution_count = ran.execution_count
-            cell.outputs = [output for output in ran.outputs if output.get("name") != "stderr"]
+            cell.outputs = [output for output in ran.outputs if not is_passing(output)]
     nbformat.write(source, path)
 
 
