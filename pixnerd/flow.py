@@ -25,6 +25,11 @@ def velocity(image: Tensor, noise: Tensor) -> Tensor:
     return image - noise
 
 
+def clean_image(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """Where the velocity v at x_t leads: x̂ = x_t + (1 − t)·v. x_t and v [B, C, H, W], t [B] in [0, 1]."""
+    return x_t + (1 - t).view(-1, 1, 1, 1) * v
+
+
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """t / (t + (1 − t)·shift): keeps 0 and 1; shift > 1 moves everything between towards the noise."""
     return t / (t + (1 - t) * shift)
@@ -40,6 +45,7 @@ class FlowLoss(NamedTuple):
 
     mean: Tensor  # 0-dim, the loss to minimise
     per_image: Tensor  # [B], detached: who pays how much, for the loss by t
+    clean: Tensor  # [B, C, H, W], x̂: the image that the estimated velocity leads to
 
 
 def mean_square(error: Tensor) -> Tensor:
@@ -75,5 +81,6 @@ def loss(
         target = velocity(image, noise)
     else:
         target = velocity_from_image(image, x_t, t)
-    per_image = measure(model(x_t, t, condition, base_resolution) - target)  # [B]
-    return FlowLoss(per_image.mean(), per_image.detach())
+    estimate = model(x_t, t, condition, base_resolution)
+    per_image = measure(estimate - target)  # [B]
+    return FlowLoss(per_image.mean(), per_image.detach(), clean_image(x_t, estimate, t))

@@ -6,6 +6,7 @@ Dimension letters: B images, C channels, H × W pixels, F features of a position
 
 import functools
 import math
+from pathlib import Path
 
 import torch
 from einops import rearrange
@@ -135,11 +136,6 @@ def frequency_weighted(error: Tensor, quality: int) -> Tensor:
         return (weights * (dct @ blocks @ dct.T).square()).mean(dim=(1, 2, 3, 4, 5))
 
 
-def clean_image(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """Where the velocity v at x_t leads: x̂ = x_t + (1 − t)·v. x_t and v [B, C, H, W], t [B] in [0, 1]."""
-    return x_t + (1 - t).view(-1, 1, 1, 1) * v
-
-
 class EfficientNetFeatures(nn.Module):
     """Images [B, 3, H, W] in [−1, 1] → what some blocks of EfficientNet-Lite0 give, a list of [B, F, h, w]. Frozen.
 
@@ -164,6 +160,40 @@ class EfficientNetFeatures(nn.Module):
             if index in self.blocks:
                 outputs.append(x)
         return outputs
+
+
+class ExportedFeatures(nn.Module):
+    """A network that torch.export saved: as it was exported, it has no training mode to be taken out of."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def train(self, mode: bool = True) -> "ExportedFeatures":
+        return self
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images [B, 3, H, W] in [−1, 1] → features, a list of [B, F, h, w]."""
+        return list(self.network(images))
+
+
+def load_features(source: str, device: torch.device | str = "cpu") -> nn.Module:
+    """The network of a perceptual loss: "efficientnet" (inside a wheel), or a file of torch.export.save (.pt2).
+
+    A file's network maps images [B, 3, H, W] in [−1, 1], of any batch size, to a list of features [B, F, h, w].
+
+    Raises:
+        InputError: there is no such file, it is none of torch.export, or the packages with EfficientNet are missing.
+    """
+    if source == "efficientnet":
+        return EfficientNetFeatures(device=device)
+    if not Path(source).is_file():
+        raise InputError(f"perceptual is {source!r}; it has to be efficientnet or a file that torch.export.save wrote")
+    try:
+        network = torch.export.load(source).module()
+    except Exception as error:  # torch.export raises whatever the unpacking met first
+        raise InputError(f"{source} is not a network that torch.export.save wrote") from error
+    return ExportedFeatures(network).to(device)
 
 
 class PerceptualLoss:

@@ -30,7 +30,7 @@ from .distributed import default_device as default_device
 from .encoders import CachedEncoder, TextEncoder, load_encoder
 from .errors import InputError
 from .fields import NeuralFieldHead
-from .losses import frequency_weighted, quantisation_tables
+from .losses import PerceptualLoss, frequency_weighted, load_features, quantisation_tables
 from .model import SIZES, ModelConfig, PixNerd, Recompute, check_resolution
 from .randomness import Purpose, derived_seed, generator
 from .runs import Run
@@ -97,6 +97,11 @@ class TrainConfig:
     """keep the teacher's features of every image in memory; for small data sets"""
     frequency_quality: int | None = None
     """weigh the velocity error by frequency as JPEG of this quality does, 1 … 100 (DeCo, 2511.19365); None: alike"""
+    perceptual: str = ""
+    """add the distance of x̂ to the clean image in this network's features, from t = 0.3 on (PixelGen, 2602.02493):
+    efficientnet, or a file of torch.export.save; empty: no such loss"""
+    perceptual_weight: float = 0.1
+    """of the perceptual loss in the loss"""
     time_shift: float = 1.0
     """of the training times; above 1 means more noise"""
     horizontal_flip: bool = False
@@ -139,8 +144,9 @@ class TrainConfig:
             raise InputError(f"clip is {self.clip}; it has to be greater than 0, or None")
         if self.align and not 1 <= self.align_block <= self.model.blocks:
             raise InputError(f"align_block is {self.align_block}; the model has blocks 1 … {self.model.blocks}")
-        if self.align_weight < 0:
-            raise InputError(f"align_weight is {self.align_weight}; it cannot be negative")
+        for name in ("align_weight", "perceptual_weight"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it cannot be negative")
         if self.frequency_quality is not None:
             quantisation_tables(self.frequency_quality)
         for size in self.decode_sizes:
@@ -273,6 +279,7 @@ class LossWindow:
     def __init__(self) -> None:
         self.losses: list[Tensor] = []  # 0-dim each, the means of all processes
         self.alignments: list[Tensor] = []  # 0-dim each, of this process; empty when nothing is aligned
+        self.perceptual: list[Tensor] = []  # 0-dim each, of this process; empty without a perceptual loss
         self.norms: list[Tensor] = []  # 0-dim each, of the whole gradient before it is clipped
         self.per_image: list[Tensor] = []  # [B] each, of this process
         self.times: list[Tensor] = []  # [B] each, of this process
@@ -290,8 +297,9 @@ class LossWindow:
         total = torch.bincount(tenth, per_image.double(), minlength=10)
         by_t = [round(float(a / n), 6) if n else None for a, n in zip(total, count, strict=True)]
         means = {"loss": self.losses, "gradient_norm": self.norms}
-        if self.alignments:
-            means["alignment"] = [world.mean(torch.stack(self.alignments).mean())]
+        for name, losses in {"alignment": self.alignments, "perceptual": self.perceptual}.items():
+            if losses:
+                means[name] = [world.mean(torch.stack(losses).mean())]
         return {**{name: float(torch.stack(values).mean()) for name, values in means.items()}, "loss_by_t": by_t}
 
 
@@ -322,10 +330,12 @@ def train(config: TrainConfig, device: torch.device | None = None) -> Iterator[S
     trained = newest_checkpoint(run.checkpoints)
     if trained is None and config.start_from:
         check_start(config, conditions)
+    alignment = Alignment(config, world) if config.align else None
+    perceptual = PerceptualLoss(load_features(config.perceptual, world.device)) if config.perceptual else None
     if world.leads:
         run.begin(config.to_dict())
     world.wait()
-    return _train(config, datasets, conditions, run, trained, world)
+    return _train(config, datasets, conditions, alignment, perceptual, run, trained, world)
 
 
 class Meter:
@@ -510,6 +520,8 @@ def _train(
     config: TrainConfig,
     datasets: dict[int, ImageDataset],
     conditions: Labels | Captions,
+    alignment: Alignment | None,
+    perceptual: PerceptualLoss | None,
     run: Run,
     checkpoint: Path | None,
     world: World,
@@ -518,9 +530,8 @@ def _train(
     on_gpu = device.type == "cuda"
     models = build_models(config, conditions, world, fresh=checkpoint is None)
     model = models["model"].train()
-    trained, alignment = list(model.parameters()), None
-    if config.align:
-        alignment = Alignment(config, world)
+    trained = list(model.parameters())
+    if alignment is not None:
         models["projector"] = alignment.projector
         trained += alignment.projector.parameters()
     optimizer = torch.optim.AdamW(trained, betas=config.betas, weight_decay=config.weight_decay, fused=True)
@@ -587,6 +598,10 @@ def _train(
                         aligned = alignment.loss(model.tapped, x, index, flipped)
                         total = total + config.align_weight * aligned
                         window.alignments.append(aligned.detach())
+                    if perceptual is not None:
+                        perceived = perceptual(losses.clean, x, t).mean()
+                        total = total + config.perceptual_weight * perceived
+                        window.perceptual.append(perceived.detach())
                 (total / config.accumulate).backward()
                 means.append(losses.mean.detach())
                 window.per_image.append(losses.per_image)

@@ -1,6 +1,7 @@
 """The auxiliary losses beside plain float64 computations; JPEG's tables beside those that Pillow writes."""
 
 import io
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from pixnerd import InputError, flow
 from pixnerd.losses import (
     EfficientNetFeatures,
     PerceptualLoss,
-    clean_image,
     colour_matrix,
     frequency_weighted,
     frequency_weights,
@@ -126,7 +126,12 @@ def test_the_right_velocity_leads_to_the_clean_image(first, second):
     image, noise = random(2, 2, 3, 4, 4)
     t = torch.tensor([first, second], dtype=torch.float64)
     x_t = flow.interpolate(image, noise, t)
-    torch.testing.assert_close(clean_image(x_t, flow.velocity(image, noise), t), image)
+    torch.testing.assert_close(flow.clean_image(x_t, flow.velocity(image, noise), t), image)
+    knows_all = MagicMock(return_value=flow.velocity(image, noise))
+    knows_all.config.prediction = "v"
+    right = flow.loss(knows_all, image, None, noise, t)
+    torch.testing.assert_close(right.clean, image)
+    assert right.mean < 1e-20
 
 
 class TwoLayers(torch.nn.Module):

@@ -292,6 +292,74 @@ def test_alignment_teaches_a_block_the_teachers_features(tmp_path, monkeypatch):
     assert Means.seen == 1000  # images of the data set, in 60 · 40 places
 
 
+class Pooled(torch.nn.Module):
+    """Two layers of features that make up a network of the user's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 5, 3)
+
+    def forward(self, images):
+        return [self.layer(images), torch.nn.functional.avg_pool2d(images, 4)]
+
+
+def test_perceptual_loss_of_an_exported_network_joins_the_loss(tmp_path, perceptual_network):
+    """It is logged, changes the weights in proportion to its weight, and a resumed run is the same run."""
+    config = config_for(tmp_path / "run", perceptual=str(perceptual_network), perceptual_weight=0.5)
+    records = train(config, CPU)
+    for _ in range(7):
+        next(records)
+    records.close()
+    list(train(config, CPU))
+    log = Run(tmp_path / "run").read_log()
+    assert all(0 < entry["perceptual"] < 4 for entry in log)
+
+    weights = {}
+    for weight in (0.0, 0.5):
+        changed = dataclasses.replace(config, out=str(tmp_path / f"weight {weight}"), perceptual_weight=weight)
+        list(train(changed, CPU))
+        weights[weight] = final_files(tmp_path / f"weight {weight}")
+    plain = config_for(tmp_path / "plain")
+    list(train(plain, CPU))
+    assert final_files(tmp_path / "run") == weights[0.5]
+    assert final_files(tmp_path / "plain")["model.safetensors"] == weights[0.0]["model.safetensors"]
+    assert weights[0.0]["model.safetensors"] != weights[0.5]["model.safetensors"]
+    assert "perceptual" not in Run(tmp_path / "plain").read_log()[0]
+
+
+def test_perceptual_loss_lowers_what_it_measures(tmp_path, perceptual_network):
+    def last(weight):
+        config = config_for(
+            tmp_path / str(weight), perceptual=str(perceptual_network), perceptual_weight=weight, steps=60, log_every=60
+        )
+        list(train(config, CPU))
+        return Run(tmp_path / str(weight)).read_log()[0]["perceptual"]
+
+    assert last(100.0) < last(0.0)
+
+
+@pytest.fixture(scope="module")
+def perceptual_network(tmp_path_factory):
+    path = tmp_path_factory.mktemp("network") / "pooled.pt2"
+    torch.manual_seed(0)
+    example = torch.zeros(2, 3, 16, 16)
+    batch = {"images": {0: torch.export.Dim("batch", min=1, max=64)}}
+    torch.export.save(torch.export.export(Pooled(), (example,), dynamic_shapes=batch), path)
+    return path
+
+
+def test_a_perceptual_network_that_cannot_be_read_is_refused_before_there_is_a_run(tmp_path):
+    with pytest.raises(InputError, match=r"perceptual is 'nothing.pt2'; it has to be efficientnet or a file that"):
+        train(config_for(tmp_path / "run", perceptual="nothing.pt2"), CPU)
+    wrong = tmp_path / "wrong.pt2"
+    wrong.write_bytes(b"no archive")
+    with pytest.raises(InputError, match=r"wrong.pt2 is not a network that torch.export.save wrote"):
+        train(config_for(tmp_path / "run", perceptual=str(wrong)), CPU)
+    with pytest.raises(InputError, match="perceptual_weight is -1; it cannot be negative"):
+        config_for(tmp_path / "run", perceptual_weight=-1)
+    assert not (tmp_path / "run").exists()
+
+
 def test_alignment_ends_when_told(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "load_teacher", lambda *_: Means())
     Means.seen = 0
