@@ -1,0 +1,105 @@
+"""Kill −9 at random moments, in the middle of writing a checkpoint too: no announced step is lost, no half is read.
+
+The trainings are children of one process that has imported torch already (python -m tests.test_killed): each is
+there in milliseconds, and can be killed like any other.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pixnerd.checkpoints import newest_checkpoint
+
+KILLS = 20
+STEPS = 700
+
+
+def serve():
+    """For each folder in stdin: train there in a process of its own, tell its number, its steps, and how it ended."""
+    import torch
+
+    from pixnerd.training import train
+
+    from .test_training import CPU, config_for
+
+    torch.set_num_threads(1)  # a fork does not take a pool of threads along
+    for line in sys.stdin:
+        config = config_for(line.strip(), steps=STEPS, checkpoint_every=3, keep_checkpoints=2, log_every=100)
+        pid = os.fork()
+        if not pid:
+            for record in train(config, CPU):
+                print(f"step {record.step}", flush=True)
+            os._exit(0)
+        print(f"pid {pid}", flush=True)
+        print(f"end {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}", flush=True)
+
+
+def answer(server, word):
+    """The number in the server's next line that begins with `word`; lines before it are left out."""
+    for line in server.stdout:
+        if line.startswith(word + " "):
+            return int(line.split()[1])
+    raise AssertionError(f"the training process ended; {word} was awaited")
+
+
+def start(server, folder):
+    print(folder, file=server.stdin, flush=True)
+    return answer(server, "pid")
+
+
+def announced(folder):
+    """The step that `latest` names: what whoever looks may rely on."""
+    latest = folder / "checkpoints" / "latest"
+    return int(latest.read_text().strip().removeprefix("step-")) if latest.exists() else 0
+
+
+def newest(folder):
+    checkpoint = newest_checkpoint(folder / "checkpoints")
+    return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
+
+
+def half_written(folder):
+    return list((folder / "checkpoints").glob(".partial-*"))
+
+
+def final_files(folder):
+    return {path.name: path.read_bytes() for path in (folder / "checkpoints" / f"step-{STEPS}").iterdir()}
+
+
+def test_twenty_kills_lose_no_announced_step_and_change_nothing(tmp_path):
+    command = [sys.executable, "-m", "tests.test_killed"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[1]}
+    killed, straight = tmp_path / "killed", tmp_path / "straight"
+    moments, seen_half, before = random.Random(0), 0, 0
+    with subprocess.Popen(command, **pipes) as server:
+        for kill in range(KILLS):
+            pid = start(server, killed)
+            first = answer(server, "step") if kill % 4 else None  # every fourth dies while it starts
+            assert first is None or first > before  # it went on, and from no older step than was announced
+            if kill % 2:
+                leftovers = half_written(killed)
+                deadline = time.monotonic() + 30
+                while half_written(killed) in ([], leftovers) and time.monotonic() < deadline:
+                    pass
+            else:
+                time.sleep(moments.uniform(0, 0.2))
+            before = announced(killed)
+            os.kill(pid, signal.SIGKILL)
+            assert answer(server, "end") == -signal.SIGKILL, "it was done before it was killed: STEPS is too small"
+            seen_half += bool(half_written(killed))
+            assert newest(killed) >= before
+        for folder in (killed, straight):
+            start(server, folder)
+            assert answer(server, "end") == 0
+        server.stdin.close()
+    assert seen_half >= KILLS // 5  # or nothing was shown about half-written ones
+    assert final_files(killed) == final_files(straight)  # weights, averages and optimiser, bit for bit
+    assert not half_written(killed)
+
+
+if __name__ == "__main__":
+    serve()
