@@ -12,25 +12,30 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
+from torch import Tensor
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from . import data
-from .checkpoints import load, load_released, save_model
-from .distributed import join, leave
+from .checkpoints import load, load_released, newest_checkpoint, save_model
+from .distributed import World, join, leave
 from .errors import InputError
+from .metrics.evaluation import SampleFile, collect, compare, own_batches, reference_features
+from .metrics.images import open_images
 from .metrics.nearest import digit_agreement
+from .metrics.networks import Network, load_network
+from .model import PixNerd
 from .randomness import Purpose, generator
 from .recipes import RECIPES
 from .runs import Run
-from .sampling import SamplingConfig, sample_batches
+from .sampling import SamplingConfig, sample, sample_batches
 from .text import ALL_SIZES, TextPixNerd
 from .training import NonFiniteLoss, TrainConfig, caption_encoder, default_device, train
 
@@ -68,6 +73,14 @@ class Train:
             print(f"trained: {self.config.out}; look at it with: pixnerd sample {self.config.out}")
 
 
+def overridden(config: SamplingConfig, flags: "Sample | Evaluate") -> SamplingConfig:
+    """The configuration with those of its fields that were given as flags."""
+    names = (field.name for field in dataclasses.fields(SamplingConfig))
+    return dataclasses.replace(
+        config, **{name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    )
+
+
 @dataclass(frozen=True)
 class Sample:
     """Sample images with a run's newest checkpoint (EMA weights); flags that are not given are the run's own."""
@@ -100,10 +113,8 @@ class Sample:
         if self.count < 1:
             raise InputError(f"count is {self.count}; it has to be at least 1")
         run = Run(self.run_folder)
-        names = (field.name for field in dataclasses.fields(SamplingConfig))
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         config = TrainConfig.from_dict(run.config())
-        sampling = dataclasses.replace(config.sampling, **given)
+        sampling = overridden(config.sampling, self)
         device = default_device()
         model = load(run.folder, device=device)
         is_text = isinstance(model, TextPixNerd)
@@ -137,19 +148,106 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure the samples of a run on digits: the share that a k-NN on the real digits takes for their label."""
+    """Measure drawn images against real ones: a run's samples, or images that a run draws straight into the features.
 
-    run_folder: Annotated[Path, tyro.conf.Positional]
-    """folder with samples.npz, where metrics.json goes"""
+    Each result is a row of the run's metrics.json; what is there already is not measured again. `torchrun … -m pixnerd
+    evaluate …` draws and measures on many GPUs.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """run folder, or images: a .npz with arr_0, or a folder of pictures"""
+    reference: str = ""
+    """real images: the ADM suite's reference .npz, a folder of pictures, or a data set; by default the run's"""
+    network: Network = "efficientnet"
+    """whose features: inception gives FID, sFID, IS, precision and recall; efficientnet needs no download"""
+    weights: str | None = None
+    """Inception's file of weights, or DINOv2's folder; by default they are fetched"""
+    draw: int = 0
+    """draw so many images with the newest checkpoint; 0 measures the images that are there"""
+    classes: Literal["equal", "random"] = "equal"
+    """of drawn images: as many of each class, or at random"""
+    average: str = "ema"
+    """weights to draw with: ema, ema-DECAY or model"""
+    steps: int | None = None
+    solver: str | None = None
+    guidance: float | None = None
+    interval: tuple[float, float] | None = None
+    """guide only steps that start strictly inside"""
+    shift: float | None = None
+    seed: int = 0
+    """of the noise and the random classes; image i depends on (seed, i) alone"""
+    batch_size: int = 64
+    out: Path | None = None
+    """also write what is drawn as .npz, for the ADM suite"""
 
     def run(self) -> None:
-        run = Run(self.run_folder)
-        if run.config_path.is_file() and (name := run.config()["data"]) != "digits":
-            raise InputError(f"run {run.folder} is on data set {name!r}; so far only 'digits' has a measure here")
-        images, labels = run.load_samples()
-        agreement = digit_agreement(images, labels)
-        run.save_metrics({"digit_agreement": agreement, "images": len(images)})
-        print(f"the label is what a 3-nearest-neighbour vote reads in {agreement:.1%} of {len(images)} samples")
+        if self.draw < 0 or self.batch_size < 1:
+            raise InputError(f"draw is {self.draw} and batch_size {self.batch_size}; they have to be at least 0 and 1")
+        run = Run(self.source)
+        is_run = run.config_path.is_file()
+        if not is_run and (self.draw or not self.reference):
+            raise InputError(f"{self.source} holds no run: name the real images with --reference, and draw nothing")
+        config = TrainConfig.from_dict(run.config()) if is_run else None
+        world = join()
+        if config and config.data == "digits" and not self.draw and world.leads:
+            images, labels = run.load_samples()
+            agreement = digit_agreement(images, labels)
+            run.save_metrics({"digit_agreement": agreement, "images": len(images)})
+            print(f"the label is what a 3-nearest-neighbour vote reads in {agreement:.1%} of {len(images)} samples")
+        reference = self.reference or config.data
+        settings = {"reference": reference, "network": self.network}
+        if self.draw:
+            sampling = overridden(config.sampling, self)
+            checkpoint = newest_checkpoint(run.checkpoints)
+            settings |= {"checkpoint": checkpoint and checkpoint.name, "average": self.average, "images": self.draw}
+            settings |= {"classes": self.classes, "seed": self.seed, "sampling": dataclasses.asdict(sampling)}
+        else:
+            drawn = open_images(self.source)
+            settings |= {"images": drawn.count, "samples": str(self.source)}
+        scores = run.evaluation(settings) if self.draw and not self.out else None
+        if scores is None:
+            network = load_network(self.network, self.weights, world.device)
+            if self.draw:
+                model = load(run.folder, weights=self.average, device=world.device)
+                if isinstance(model, TextPixNerd):
+                    raise InputError(f"run {run.folder} is of a text model: draw with `pixnerd sample --prompts` first")
+                size = model.config.image_size
+                batches = self._drawn(model, sampling, world)
+            else:
+                size = next(drawn.batches(1)).shape[-1]
+                batches = own_batches(drawn, self.batch_size, world)
+            folder = run.folder if is_run else None
+            real = reference_features(network, self.network, reference, size, self.batch_size, world, folder)
+            count = settings["images"]
+            found = collect(network, batches, count, world)
+            scores = compare(real, found, self.network) if world.leads else {}
+            if world.leads and is_run:
+                run.save_evaluation(settings, scores)
+        if world.leads:
+            kind = f"{settings['images']} images against {reference}, {self.network} features"
+            print(f"{kind}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+            if self.out:
+                print(f"with the ADM suite: python evaluator.py REFERENCE.npz {self.out}")
+        leave()
+
+    def _drawn(self, model: PixNerd, sampling: SamplingConfig, world: World) -> Iterator[tuple[int, Tensor]]:
+        """This process's batches of what is drawn: the place of the first, and uint8 [B, 3, H, W]."""
+        labels = torch.arange(self.draw) % model.num_classes
+        if self.classes == "random":
+            labels = torch.randint(model.num_classes, (self.draw,), generator=torch.Generator().manual_seed(self.seed))
+        size = model.config.image_size
+        file = SampleFile(self.out, (self.draw, size, size, 3), world) if self.out else None
+        for number, batch in enumerate(torch.arange(self.draw).split(self.batch_size)):
+            if number % world.size != world.rank:
+                continue
+            options = {**dataclasses.asdict(sampling), "seed": self.seed, "indices": batch.tolist()}
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=world.device.type == "cuda"):
+                pixels = data.to_uint8(sample(model, labels[batch].to(world.device), **options)).expand(-1, 3, -1, -1)
+            if file:
+                file.put(int(batch[0]), pixels)
+            yield int(batch[0]), pixels
+        if file:
+            file.close(labels)
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,15 @@ class World:
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of every process's value, the same tensor shape, on every process."""
+        return self.sum(value) / self.size
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of every process's value, the same tensor shape, on every process."""
         if self.size == 1:
             return value
         total = value.clone()
         dist.all_reduce(total)
-        return total / self.size
+        return total
 
     def gather(self, values: Tensor) -> Tensor:
         """Every process's values [n], one after the other, [size · n]."""

@@ -107,9 +107,26 @@ class Run:
         with np.load(path) as file:
             return torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(file["labels"])
 
+    def metrics(self) -> dict[str, Any]:
+        """What metrics.json says so far."""
+        path = self.folder / "metrics.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
     def save_metrics(self, metrics: dict[str, Any]) -> None:
-        """Write metrics.json."""
-        write_atomically(self.folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        """Put these entries into metrics.json, beside what it has."""
+        write_atomically(self.folder / "metrics.json", json.dumps(self.metrics() | metrics, indent=2) + "\n")
+
+    def evaluation(self, settings: dict[str, Any]) -> dict[str, float] | None:
+        """The scores in metrics.json that were measured with just these settings; None when there are none."""
+        settings = json.loads(json.dumps(settings))  # tuples are lists there
+        found = (row["scores"] for row in self.metrics().get("evaluations", []) if row["settings"] == settings)
+        return next(found, None)
+
+    def save_evaluation(self, settings: dict[str, Any], scores: dict[str, float]) -> None:
+        """Put a row into the list `evaluations` of metrics.json: how it was measured, and what came out."""
+        settings = json.loads(json.dumps(settings))
+        rows = [row for row in self.metrics().get("evaluations", []) if row["settings"] != settings]
+        self.save_metrics({"evaluations": [*rows, {"settings": settings, "scores": scores}]})
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -32,11 +32,11 @@ def main() -> None:
     for size in ("L/16", "XL/16"):
         model = PixNerd(SIZES[size], 1000).train()
         times: dict[str, list[float]] = {policy: [] for policy in get_args(Recompute)}
-        for round in tqdm(range(ROUNDS + 1), desc=size):
+        for turn in tqdm(range(ROUNDS + 1), desc=size):
             for policy, spent in times.items():
                 model.recompute = policy
                 took = seconds(model)
-                if round:  # the first one allocates
+                if turn:  # the first one allocates
                     spent.append(took)
         medians = {policy: statistics.median(spent) for policy, spent in times.items()}
         print(size, {policy: round(median / medians["none"], 2) for policy, median in medians.items()})

@@ -13,9 +13,11 @@ import time
 from pathlib import Path
 
 from pixnerd.checkpoints import newest_checkpoint
+from pixnerd.runs import Run
 
 KILLS = 20
-STEPS = 700
+STEPS = 240
+EVERY = 3  # steps between checkpoints
 
 
 def serve():
@@ -28,7 +30,7 @@ def serve():
 
     torch.set_num_threads(1)  # a fork does not take a pool of threads along
     for line in sys.stdin:
-        config = config_for(line.strip(), steps=STEPS, checkpoint_every=3, keep_checkpoints=2, log_every=100)
+        config = config_for(line.strip(), steps=STEPS, checkpoint_every=EVERY, keep_checkpoints=2, log_every=10)
         pid = os.fork()
         if not pid:
             for record in train(config, CPU):
@@ -38,12 +40,19 @@ def serve():
         print(f"end {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}", flush=True)
 
 
-def answer(server, word):
-    """The number in the server's next line that begins with `word`; lines before it are left out."""
+def answers(server, last):
+    """The server's next lines up to the first of word `last`, as (word, number)."""
+    found = []
     for line in server.stdout:
-        if line.startswith(word + " "):
-            return int(line.split()[1])
-    raise AssertionError(f"the training process ended; {word} was awaited")
+        word, number = line.split()
+        found.append((word, int(number)))
+        if word == last:
+            return found
+    raise AssertionError(f"the training process ended; {last} was awaited")
+
+
+def answer(server, word):
+    return answers(server, word)[-1][1]
 
 
 def start(server, folder):
@@ -62,6 +71,10 @@ def newest(folder):
     return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
 
 
+def logged_steps(folder):
+    return [entry["step"] for entry in Run(folder).read_log()]
+
+
 def half_written(folder):
     return list((folder / "checkpoints").glob(".partial-*"))
 
@@ -74,12 +87,13 @@ def test_twenty_kills_lose_no_announced_step_and_change_nothing(tmp_path):
     command = [sys.executable, "-m", "tests.test_killed"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[1]}
     killed, straight = tmp_path / "killed", tmp_path / "straight"
-    moments, seen_half, before = random.Random(0), 0, 0
+    moments, seen_half = random.Random(0), 0
     with subprocess.Popen(command, **pipes) as server:
         for kill in range(KILLS):
+            kept = newest(killed)
             pid = start(server, killed)
-            first = answer(server, "step") if kill % 4 else None  # every fourth dies while it starts
-            assert first is None or first > before  # it went on, and from no older step than was announced
+            if kill % 4:  # every fourth dies while it starts
+                assert answer(server, "step") == kept + 1
             if kill % 2:
                 leftovers = half_written(killed)
                 deadline = time.monotonic() + 30
@@ -87,18 +101,20 @@ def test_twenty_kills_lose_no_announced_step_and_change_nothing(tmp_path):
                     pass
             else:
                 time.sleep(moments.uniform(0, 0.2))
-            before = announced(killed)
+            promised = announced(killed)
             os.kill(pid, signal.SIGKILL)
-            assert answer(server, "end") == -signal.SIGKILL, "it was done before it was killed: STEPS is too small"
+            *steps, (_, code) = answers(server, "end")
+            assert code == -signal.SIGKILL, "it failed, or was done before it was killed: then STEPS is too small"
             seen_half += bool(half_written(killed))
-            assert newest(killed) >= before
+            assert newest(killed) >= max([promised, *(step for _, step in steps if step % EVERY == 0)])
         for folder in (killed, straight):
             start(server, folder)
             assert answer(server, "end") == 0
         server.stdin.close()
     assert seen_half >= KILLS // 5  # or nothing was shown about half-written ones
     assert final_files(killed) == final_files(straight)  # weights, averages and optimiser, bit for bit
-    assert not half_written(killed)
+    assert logged_steps(killed) == logged_steps(straight) == list(range(10, STEPS + 1, 10))
+    assert not [path for path in (killed / "checkpoints").iterdir() if path.name.startswith(".")]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """A training on photographs as people have them: mixed sizes, grey, CMYK, turned by EXIF, and one file cut off."""
 
+import dataclasses
+
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +16,7 @@ from .test_training import CPU, MODEL, config_for, final_files
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]  # of the quadrants, row by row
 GREYS = [(76,) * 3, (150,) * 3, (29,) * 3, (255,) * 3]  # their luminance, ITU-R 601
 SIZES = [(64, 48), (48, 64), (40, 40), (203, 121)]  # width and height, upright
+LARGER = dataclasses.replace(MODEL, image_size=32)
 ORIENTATION = 0x0112  # the EXIF tag; 6: turn clockwise to see the picture upright
 
 
@@ -59,12 +62,12 @@ def test_colours_and_directions_are_those_of_the_upright_picture(photographs):
 def test_training_stops_at_the_file_that_is_cut_off_and_goes_on_when_it_is_whole(photographs, tmp_path, monkeypatch):
     order, read = [], ImageFolder.pixels
     monkeypatch.setattr(ImageFolder, "pixels", lambda self, index: order.append(index) or read(self, index))
-    options = {"data": f"folder:{photographs}", "model": MODEL, "batch_size": 4, "steps": 8, "checkpoint_every": 2}
+    options = {"data": f"folder:{photographs}", "model": LARGER, "batch_size": 4, "steps": 8, "checkpoint_every": 2}
     straight = config_for(tmp_path / "straight", **options)
     list(train(straight, CPU))
     assert sorted(order[:16]) == list(range(16))  # the first four steps see every picture
 
-    cut_off = data.load(straight.data, 16).paths[order[13]]  # of the fourth step
+    cut_off = data.load(straight.data, 32).paths[order[13]]  # of the fourth step
     whole = cut_off.read_bytes()
     cut_off.write_bytes(whole[: len(whole) * 2 // 3])
     config = config_for(tmp_path / "run", **options)

@@ -1,0 +1,113 @@
+"""Images to measure, from wherever they are: sample files, folders of pictures, runs, data sets; batch by batch.
+
+Dimension letters: N images of H × W pixels, B of a batch.
+"""
+
+import contextlib
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .. import data
+from ..data.folder import SUFFIXES
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Images:
+    """So many images that can be read in order as often as wanted."""
+
+    count: int
+    batches: Callable[[int], Iterator[Tensor]]
+    """batch size → uint8 [B, 3, H, W] one after the other, at their own size"""
+
+
+def open_images(source: str | Path, image_size: int | None = None) -> Images:
+    """The images of a .npz (`arr_0` uint8 [N, H, W, 3]), a run's folder, a folder of pictures, or a data set.
+
+    Args:
+        source: a path, or the name of a data set as in `data.load`.
+        image_size: of a data set's images, in pixels.
+
+    Raises:
+        InputError: there are no images there.
+    """
+    path = Path(source)
+    if path.suffix == ".npz":
+        with _array(path) as (_, shape):
+            return Images(shape[0], lambda batch_size: _npz_batches(path, batch_size))
+    if (path / "config.json").is_file() or (path / "samples.npz").is_file():
+        if not (path / "samples.npz").is_file():
+            raise InputError(f"{path} has no samples.npz: run `pixnerd sample {path}` first")
+        return open_images(path / "samples.npz")
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        if not files:
+            raise InputError(f"folder {path} holds no images ({', '.join(sorted(SUFFIXES))})")
+        return Images(len(files), lambda batch_size: _file_batches(files, batch_size))
+    if path.suffix or image_size is None:
+        raise InputError(f"{source} does not exist; images come from a .npz, a run, a folder of pictures or a data set")
+    dataset = data.load(str(source), image_size)
+    return Images(len(dataset), lambda batch_size: _dataset_batches(dataset, batch_size))
+
+
+@contextlib.contextmanager
+def _array(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, int, int, int]]]:
+    """The bytes of `arr_0`, from the first pixel on, and its shape [N, H, W, 3]."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+            version = np.lib.format.read_magic(file)
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
+            shape, by_column, dtype = read_header(file)
+            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or by_column:
+                raise InputError(f"{path}: arr_0 is {dtype} of shape {shape}; it has to be uint8 [N, H, W, 3]")
+            yield file, shape
+    except InputError:  # a ValueError too, but with its own words
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist") from error
+    except (zipfile.BadZipFile, KeyError, EOFError, ValueError) as error:
+        raise InputError(f"{path} is not a file of images: it has no readable arr_0") from error
+
+
+def _npz_batches(path: Path, batch_size: int) -> Iterator[Tensor]:
+    """Read as a stream: one batch in memory, however many images the file has."""
+    with _array(path) as (file, shape):
+        count, *one = shape
+        for start in range(0, count, batch_size):
+            size = min(batch_size, count - start)
+            content = bytearray(file.read(size * int(np.prod(one))))
+            if len(content) < size * np.prod(one):
+                raise InputError(f"{path} ends before its image {count}")
+            yield torch.frombuffer(content, dtype=torch.uint8).view(size, *one).permute(0, 3, 1, 2)
+
+
+def _file_batches(files: list[Path], batch_size: int) -> Iterator[Tensor]:
+    shape = None
+    for start in range(0, len(files), batch_size):
+        pixels = []
+        for file in files[start : start + batch_size]:
+            try:
+                with Image.open(file) as image:
+                    pixels.append(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
+            except Exception as error:  # a damaged file makes Pillow raise almost anything
+                raise InputError(f"{file} cannot be read as an image: {error}") from error
+            shape = shape or pixels[0].shape
+            if pixels[-1].shape != shape:
+                raise InputError(f"{file} has {tuple(pixels[-1].shape[1:])} pixels, those before it {tuple(shape[1:])}")
+        yield torch.stack(pixels)
+
+
+def _dataset_batches(dataset: data.ImageDataset, batch_size: int) -> Iterator[Tensor]:
+    for start in range(0, len(dataset), batch_size):
+        pixels, _ = dataset.batch(range(start, min(start + batch_size, len(dataset))))
+        yield pixels.expand(-1, 3, -1, -1)

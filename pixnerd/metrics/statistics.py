@@ -1,0 +1,182 @@
+"""From features to numbers: Fréchet and kernel distance, Inception Score, precision and recall, as the papers use them.
+
+The definitions are those of the ADM suite (Dhariwal & Nichol 2105.05233, appendix, and its released evaluator); what is
+said to be equal to it is meant to the last definition, not to the last bit. Dimension letters: N images, F features.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..distributed import World
+from ..errors import InputError
+
+NEIGHBOURS = 3
+CHUNK = 5000  # images of one Inception Score; the score is the mean over chunks
+BLOCK = 10_000  # rows and columns of a matrix of distances held at a time
+
+
+class Moments:
+    """The mean and covariance of features that come batch by batch: sums in float64, however many images there are.
+
+    Args:
+        features: F.
+    """
+
+    def __init__(self, features: int):
+        self.count = 0
+        self.sum = torch.zeros(features, dtype=torch.float64)
+        self.products = torch.zeros(features, features, dtype=torch.float64)
+
+    def add(self, features: Tensor) -> None:
+        """Take in a batch [B, F]."""
+        batch = features.double().to(self.sum.device)
+        self.count += len(batch)
+        self.sum += batch.sum(0)
+        self.products += batch.T @ batch
+
+    def share(self, world: World) -> None:
+        """Make them those of the images of all processes; every process calls it, once."""
+        self.count = int(world.sum(torch.tensor(self.count)))
+        self.sum, self.products = world.sum(self.sum), world.sum(self.products)
+
+    @property
+    def mean(self) -> Tensor:
+        """[F], float64."""
+        return self.sum / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """[F, F], float64, divided by N − 1 as numpy.cov does. Raises InputError for fewer than two images."""
+        if self.count < 2:
+            raise InputError(f"a covariance needs at least 2 images; there are {self.count}")
+        return (self.products - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
+
+
+def frechet_distance(mean_1: Tensor, covariance_1: Tensor, mean_2: Tensor, covariance_2: Tensor) -> float:
+    """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2·(Σ₁Σ₂)^½) of two Gaussians (Heusel et al. 1706.08500).
+
+    The square root's trace is the sum of the square roots of the eigenvalues of the symmetric Σ₁^½ Σ₂ Σ₁^½, which are
+    real and, up to rounding, not negative. Means [F], covariances [F, F], computed in float64.
+    """
+    mean_1, covariance_1, mean_2, covariance_2 = (x.double() for x in (mean_1, covariance_1, mean_2, covariance_2))
+    values, vectors = torch.linalg.eigh(covariance_1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    trace = torch.linalg.eigvalsh(root @ covariance_2 @ root).clamp(min=0).sqrt().sum()
+    distance = (mean_1 - mean_2).square().sum() + covariance_1.trace() + covariance_2.trace() - 2 * trace
+    return float(distance.clamp(min=0))
+
+
+class Spread(NamedTuple):
+    """A mean over parts of the images, and the standard deviation between the parts."""
+
+    mean: float
+    deviation: float
+
+
+def kernel_distance(first: Tensor, second: Tensor, subsets: int = 100, subset_size: int = 1000) -> Spread:
+    """KID: the unbiased squared MMD of the kernel (x·y / F + 1)³, the mean over random subsets (Bińkowski 1801.01401).
+
+    It does not depend on the number of images in expectation, and may be negative. Subsets are drawn as torch-fidelity
+    draws them (seed 2020); of fewer than `subset_size` images, all are taken each time.
+
+    Args:
+        first: features [N, F].
+        second: features [N', F].
+
+    Raises:
+        InputError: a set of fewer than 2 images.
+    """
+    size = min(subset_size, len(first), len(second))
+    if size < 2:
+        raise InputError(
+            f"a kernel distance needs 2 images or more on each side; there are {len(first)}, {len(second)}"
+        )
+    draw = np.random.RandomState(2020)  # the generator that torch-fidelity's figures come from
+    distances = []
+    for _ in range(subsets):
+        x, y = (
+            features[torch.from_numpy(draw.choice(len(features), size, replace=False))].double()
+            for features in (first, second)
+        )
+        xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1))
+        distances.append(float(within - 2 * xy.mean()))
+    return Spread(float(np.mean(distances)), float(np.std(distances)))
+
+
+def inception_score(logits: Tensor) -> Spread:
+    """exp(mean KL(p(y|x) ‖ p(y))), the mean over sequential chunks of 5,000 images (Salimans et al. 1606.03498).
+
+    A chunk's p(y) is the mean of its own images, so a file sorted by class would score low: the images are permuted
+    first, always in the same way.
+
+    Args:
+        logits: [N, classes], of Inception without the bias of its last layer.
+    """
+    order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))
+    scores = []
+    for chunk in logits[order].split(CHUNK):
+        log_p = chunk.double().log_softmax(1)
+        log_mean = log_p.logsumexp(0) - np.log(len(chunk))  # log p(y)
+        scores.append(float((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp()))
+    return Spread(float(np.mean(scores)), float(np.std(scores)))
+
+
+def squared_distances(rows: Tensor, columns: Tensor, half: bool) -> Tensor:
+    """|r|² − 2·r·c + |c|², not below 0, [rows, columns]; in float16 where `half` and all of them are finite there."""
+    if half:
+        distances = squared_distances(rows.half(), columns.half(), False)
+        if distances.isfinite().all():
+            return distances.float()
+    norms = rows.square().sum(1)[:, None], columns.square().sum(1)
+    return (norms[0] - 2 * rows @ columns.T + norms[1]).clamp(min=0)
+
+
+def neighbour_distance(features: Tensor, half: bool) -> Tensor:
+    """The squared distance of each to its third nearest other, [N]."""
+    found = []
+    for rows in features.split(BLOCK):
+        nearest = torch.empty(len(rows), 0, dtype=features.dtype)
+        for columns in features.split(BLOCK):
+            nearest = torch.cat((nearest, squared_distances(rows, columns, half).to(features.dtype)), 1)
+            nearest = nearest.topk(min(NEIGHBOURS + 1, nearest.shape[1]), largest=False).values  # each finds itself too
+        found.append(nearest[:, -1])
+    return torch.cat(found)
+
+
+def covered(points: Tensor, centres: Tensor, half: bool) -> float:
+    """The share of points that lie in one of the balls around the centres that reach to their third neighbours."""
+    radii, inside = neighbour_distance(centres, half).split(BLOCK), []
+    for rows in points.split(BLOCK):
+        within = torch.zeros(len(rows), dtype=torch.bool)
+        for columns, reach in zip(centres.split(BLOCK), radii, strict=True):
+            within |= (squared_distances(rows, columns, half) <= reach).any(1)
+        inside.append(within)
+    return float(torch.cat(inside).double().mean())
+
+
+class PrecisionRecall(NamedTuple):
+    precision: float  # drawn images that look like real ones, 0 … 1
+    recall: float  # real images that the drawn ones reach, 0 … 1
+
+
+def precision_recall(real: Tensor, drawn: Tensor, half: bool = True) -> PrecisionRecall:
+    """How many drawn images lie among the real ones, and the other way round (Kynkäänniemi et al. 1904.06991), k = 3.
+
+    Args:
+        real: features [N, F]; ADM takes 10,000.
+        drawn: features [N', F]; ADM takes 50,000.
+        half: distances in float16 unless one of a block of 10,000 × 10,000 is too large for it, as in ADM's suite.
+
+    Raises:
+        InputError: not more than three images on a side.
+    """
+    if min(len(real), len(drawn)) <= NEIGHBOURS:
+        raise InputError(
+            f"precision and recall need at least {NEIGHBOURS + 1} images on each side; "
+            f"there are {len(real)} real and {len(drawn)} drawn"
+        )
+    return PrecisionRecall(covered(drawn, real, half), covered(real, drawn, half))
