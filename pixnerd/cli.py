@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -195,14 +195,11 @@ class Evaluate:
             run.save_metrics({"digit_agreement": agreement, "images": len(images)})
             print(f"the label is what a 3-nearest-neighbour vote reads in {agreement:.1%} of {len(images)} samples")
         reference = self.reference or config.data
-        settings = {"reference": reference, "network": self.network}
         if self.draw:
-            sampling = overridden(config.sampling, self)
-            checkpoint = newest_checkpoint(run.checkpoints)
-            settings |= {"checkpoint": checkpoint and checkpoint.name, "average": self.average, "images": self.draw}
-            settings |= {"classes": self.classes, "seed": self.seed, "sampling": dataclasses.asdict(sampling)}
+            settings = self.settings()
         else:
             drawn = open_images(self.source)
+            settings = {"reference": reference, "network": self.network}
             settings |= {"images": drawn.count, "samples": str(self.source)}
         scores = run.evaluation(settings) if self.draw and not self.out else None
         if scores is None:
@@ -212,7 +209,7 @@ class Evaluate:
                 if isinstance(model, TextPixNerd):
                     raise InputError(f"run {run.folder} is of a text model: draw with `pixnerd sample --prompts` first")
                 size = model.config.image_size
-                batches = self._drawn(model, sampling, world)
+                batches = self._drawn(model, overridden(config.sampling, self), world)
             else:
                 size = next(drawn.batches(1)).shape[-1]
                 batches = own_batches(drawn, self.batch_size, world)
@@ -229,6 +226,22 @@ class Evaluate:
             if self.out:
                 print(f"with the ADM suite: python evaluator.py REFERENCE.npz {self.out}")
         leave()
+
+    def settings(self) -> dict[str, Any]:
+        """What a row of images that are drawn is found by in metrics.json, see `Run.evaluation`."""
+        run = Run(self.source)
+        config = TrainConfig.from_dict(run.config())
+        checkpoint = newest_checkpoint(run.checkpoints)
+        return {
+            "reference": self.reference or config.data,
+            "network": self.network,
+            "checkpoint": checkpoint and checkpoint.name,
+            "average": self.average,
+            "images": self.draw,
+            "classes": self.classes,
+            "seed": self.seed,
+            "sampling": dataclasses.asdict(overridden(config.sampling, self)),
+        }
 
     def _drawn(self, model: PixNerd, sampling: SamplingConfig, world: World) -> Iterator[tuple[int, Tensor]]:
         """This process's batches of what is drawn: the place of the first, and uint8 [B, 3, H, W]."""

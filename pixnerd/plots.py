@@ -88,6 +88,47 @@ def bars(values: Tensor, names: Sequence[str], title: str) -> Figure:
     return figure
 
 
+def compared_bars(groups: dict[str, dict[str, float]], names: Sequence[str], top: float) -> Figure:
+    """Horizontal bars between 0 and `top`, the groups beside each other for every name: {group: {name: value}}.
+
+    A value that a group does not have leaves a gap.
+    """
+    height = 0.8 / len(groups)
+    figure, axis = plt.subplots(figsize=(6, 0.24 * len(groups) * len(names) + 0.8), layout="constrained")
+    for place, (group, values) in enumerate(groups.items()):
+        rows = [row for row, name in enumerate(names) if name in values]
+        offset = (place - (len(groups) - 1) / 2) * height
+        drawn = axis.barh(
+            [row + offset for row in rows], [values[names[row]] for row in rows], height, label=group, color=f"C{place}"
+        )
+        axis.bar_label(drawn, fmt="%.2f" if top <= 1 else "%.1f", padding=3, fontsize=8)
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlim=(0, top))
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
+    plt.close(figure)
+    return figure
+
+
+def cost_curve(lines: dict[str, list[tuple[int, float]]], name: str, published: dict[str, float]) -> Figure:
+    """A figure of merit over passes through the network for an image, both logarithmic: {label: [(passes, value)]}.
+
+    Published values are dashed lines.
+    """
+    figure, axis = plt.subplots(figsize=(6.5, 3), layout="constrained")
+    for label, points in lines.items():
+        axis.plot(*zip(*sorted(points), strict=True), "o-", label=label)
+    for label, value in published.items():
+        axis.axhline(value, color="0.5", linestyle="--", linewidth=0.8)
+        axis.annotate(f"{label}: {value}", (0.01, value), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+    axis.set(xlabel="passes through the network for an image", ylabel=name, xscale="log", yscale="log")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+    plt.close(figure)
+    return figure
+
+
 def loss_curve(log: Sequence[dict[str, Any]]) -> Figure:
     """The loss over the steps of a log.jsonl, and, on the right, by tenth of t over its last quarter."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")

