@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -123,36 +124,61 @@ def cost_curve(lines: dict[str, list[tuple[int, float]]], name: str, published: 
         axis.axhline(value, color="0.5", linestyle="--", linewidth=0.8)
         axis.annotate(f"{label}: {value}", (0.01, value), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
     axis.set(xlabel="passes through the network for an image", ylabel=name, xscale="log", yscale="log")
+    passes = sorted({count for points in lines.values() for count, _ in points})
+    axis.set_xticks(passes, [str(count) for count in passes])
+    axis.minorticks_off()
+    axis.yaxis.set_major_locator(MaxNLocator(5))
+    axis.yaxis.set_major_formatter("{x:.4g}")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     plt.close(figure)
     return figure
 
 
-def loss_curve(log: Sequence[dict[str, Any]]) -> Figure:
-    """The loss over the steps of a log.jsonl, and, on the right, by tenth of t over its last quarter."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
-    losses = [entry["loss"] for entry in log]
-    left.plot([entry["step"] for entry in log], losses)
-    top = 3 * float(np.median(losses))  # the first steps' fall would flatten all that follows
-    left.set(xlabel="step", ylabel="mean (v̂ − v)²", ylim=(0, top), title="loss")
-    last = log[-max(1, len(log) // 4) :]
-    by_t = np.array([entry["loss_by_t"] for entry in last], dtype=float)  # None → nan
-    known = ~np.isnan(by_t).all(axis=0)
-    right.bar((np.arange(10) / 10 + 0.05)[known], np.nanmean(by_t[:, known], axis=0), width=0.09)
-    right.set(xlabel="t  (0 noise, 1 data)", xlim=(0, 1), title="loss by t, last quarter")
+def tracks(panels: dict[str, Tensor], targets: Tensor, under: Tensor | None = None) -> Figure:
+    """Ways of points in the plane, a panel each [T, n, 2]: from small dots, coloured by the target nearest their end.
+
+    Targets [m, 2] are crosses; `under` [T, n, 2], when given, is drawn below every panel in wide grey.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 3), layout="constrained", squeeze=False)
+    for axis, (title, ways) in zip(axes[0], panels.items(), strict=True):
+        if under is not None:
+            axis.plot(*under.unbind(-1), color="0.8", linewidth=4)
+        for way, nearest in zip(ways.unbind(1), torch.cdist(ways[-1], targets).argmin(1).tolist(), strict=True):
+            axis.plot(*way.unbind(-1), color=f"C{nearest}", linewidth=0.8)
+        axis.scatter(*ways[0].unbind(-1), s=5, color="0.3", zorder=2)
+        axis.scatter(*targets.unbind(-1), marker="x", s=40, color="k", zorder=3)
+        axis.set(title=title, aspect="equal", xticks=[], yticks=[])
     plt.close(figure)
     return figure
 
 
-def speed_curve(log: Sequence[dict[str, Any]]) -> Figure:
-    """Images a second over the steps of a log.jsonl, and, on the right, the share of what the devices could do."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 2.2), layout="constrained")
-    steps = [entry["step"] for entry in log]
-    for axis, name, title in zip(
-        axes, ("images_per_second", "utilisation"), ("images / s", "utilisation"), strict=True
-    ):
-        axis.plot(steps, [entry[name] for entry in log])
-        axis.set(xlabel="step", ylim=(0, None), title=title)
+def clouds(panels: dict[str, Tensor], truth: Tensor, limit: float) -> Figure:
+    """Points in the plane, a panel each [n, 2], above grey ones of the truth [m, 2], within ±limit."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(2.2 * len(panels), 2.5), layout="constrained", squeeze=False)
+    for axis, (title, points) in zip(axes[0], panels.items(), strict=True):
+        axis.scatter(*truth.unbind(-1), s=6, color="0.8")
+        axis.scatter(*points.unbind(-1), s=2, color="C0")
+        axis.set(title=title, aspect="equal", xticks=[], yticks=[], xlim=(-limit, limit), ylim=(-limit, limit))
+    plt.close(figure)
+    return figure
+
+
+def curves(x: Tensor, panels: dict[str, dict[str, Tensor]], x_label: str, log: str = "") -> Figure:
+    """Lines over the same x [n], a panel each: {title: {name: y [n]}}; axes named in `log` ("x", "y") are logarithmic.
+
+    A line keeps its colour in every panel; one whose name starts with "floor" is dashed and black.
+    """
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines if not name.startswith("floor")))
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 2.8), layout="constrained", squeeze=False)
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for name, y in lines.items():
+            style = (
+                {"color": "k", "linestyle": "--"} if name.startswith("floor") else {"color": f"C{names.index(name)}"}
+            )
+            axis.plot(x, y, label=name, **style)
+        axis.set(title=title, xlabel=x_label, **{f"{axis_name}scale": "log" for axis_name in log})
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=8)
     plt.close(figure)
     return figure
