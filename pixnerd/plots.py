@@ -5,7 +5,6 @@ Images are [B, C, H, W] in [−1, 1]; one channel is drawn grey.
 
 import textwrap
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
