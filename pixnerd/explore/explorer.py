@@ -1,0 +1,45 @@
+"""A figure with knobs: a plain function from values to a figure, and the controls that choose the values."""
+
+import html
+import io
+from collections.abc import Callable
+
+import ipywidgets as widgets
+from matplotlib.figure import Figure
+
+DPI = 100
+
+
+class Explorer(widgets.VBox):
+    """Controls above a picture, which `render` draws anew whenever one of them is let go.
+
+    What goes wrong is said in `error` under the controls and raised as well, so that a notebook and its tests see it.
+
+    Args:
+        render: the controls' values by name → a figure. It knows nothing of widgets, so that it can be tested without.
+        controls: one widget with a `value` for each argument of `render`; a label that is empty becomes the name.
+    """
+
+    def __init__(self, render: Callable[..., Figure], **controls: widgets.Widget):
+        self.render, self.controls = render, controls
+        self.image, self.error = widgets.Image(format="png", layout={"max_width": "100%"}), widgets.HTML()
+        for name, control in controls.items():
+            control.description = control.description or name.replace("_", " ")
+            control.style.description_width = "110px"
+            control.layout.width = "360px"
+            if control.has_trait("continuous_update"):
+                control.continuous_update = False
+            control.observe(self._draw, "value")
+        super().__init__([*controls.values(), self.error, self.image])
+        self._draw()
+
+    def _draw(self, _: object = None) -> None:
+        self.error.value = ""
+        try:
+            figure = self.render(**{name: control.value for name, control in self.controls.items()})
+        except Exception as error:
+            self.error.value = f'<div style="color: #c62828">{html.escape(f"{type(error).__name__}: {error}")}</div>'
+            raise
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=DPI)
+        self.image.value = file.getvalue()

@@ -1,0 +1,31 @@
+"""What several lessons start from: a trained model of digits."""
+
+import dataclasses
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..checkpoints import load
+from ..model import PixNerd
+from ..recipes import quickstart
+from ..runs import Run
+from ..training import TrainConfig, train
+
+
+def trained_digits(out: str | Path, steps: int) -> tuple[PixNerd, TrainConfig]:
+    """A class-conditional model of digits and the settings of its run.
+
+    The quickstart's, where `quickstart` beside `out` holds that run, finished; else one with the quickstart's recipe
+    shortened to `steps`, trained into `out`, which later calls load.
+    """
+    beside = Run(Path(out).with_name("quickstart"))
+    if beside.config_path.is_file():
+        config = TrainConfig.from_dict(beside.config())
+        if (beside.checkpoints / f"step-{config.steps}").is_dir() and config.data == "digits":
+            return load(beside.folder), config
+    config = dataclasses.replace(quickstart(), out=str(out), steps=steps)
+    if steps < config.log_every:
+        config = dataclasses.replace(config, compile="off")  # compiling takes longer than so few steps
+    for _ in tqdm(train(config), total=steps, unit="step", desc="training", mininterval=5):
+        pass
+    return load(out), config

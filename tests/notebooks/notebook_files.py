@@ -1,0 +1,85 @@
+"""The notebooks of this project: which there are, what their metadata declare, and running one with its cost measured.
+
+A notebook's metadata have an entry `workbook`: `smoke`, the parameters of a short run; `budget`, the seconds and the
+GiB that such a run may take; and in a lesson `executed`, the hash of the code cells whose outputs it keeps.
+"""
+
+import ast
+import hashlib
+import os
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "notebooks"
+EXERCISES = FOLDER / "exercises"
+LESSONS = sorted(FOLDER.glob("*.ipynb"))  # read by people, kept with their outputs
+SCALE = sorted((FOLDER / "scale").glob("*.ipynb"))  # for papermill, by parameters up to full size; kept without
+NOTEBOOKS = [*LESSONS, *SCALE]
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def cells(path: Path, kind: str) -> list[nbformat.NotebookNode]:
+    return [cell for cell in read(path).cells if cell.cell_type == kind]
+
+
+def tags(cell: nbformat.NotebookNode) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def declared(path: Path) -> set[str]:
+    """The names that the cells tagged `parameters` assign."""
+    tagged = [cell for cell in cells(path, "code") if "parameters" in tags(cell)]
+    return {target.id for cell in tagged for statement in ast.parse(cell.source).body for target in statement.targets}
+
+
+def smoke(path: Path, run: Path, out: Path) -> dict[str, Any]:
+    """Parameters of a short run that reads the run at `run` and writes to `out`, where the notebook does either."""
+    places = {"run": str(run), "out": str(out), "results": str(Path(__file__).with_name("geneval_results.jsonl"))}
+    given = dict(read(path).metadata.workbook.smoke)
+    return given | {name: place for name, place in places.items() if name in declared(path)}
+
+
+def code_hash(notebook: nbformat.NotebookNode) -> str:
+    """Of all code cells; a lesson whose code has another hash than `executed` shows outputs of older code."""
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256("\0".join(sources).encode()).hexdigest()[:16]
+
+
+def is_current(notebook: nbformat.NotebookNode) -> bool:
+    """Whether its outputs are those of its code."""
+    return notebook.metadata.get("workbook", {}).get("executed") == code_hash(notebook)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process that ended."""
+
+    code: int
+    output: str
+    seconds: float
+    gib: float
+    """peak resident memory of the process or of the largest that it started and waited for, a notebook's kernel"""
+
+
+def measured(command: list[str], folder: Path, **environment: str) -> Finished:
+    """Run a command and measure it."""
+    with tempfile.TemporaryFile("w+") as output:
+        begin = time.perf_counter()
+        process = subprocess.Popen(
+            command, cwd=folder, env={**os.environ, **environment}, stdout=output, stderr=subprocess.STDOUT
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - begin
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        return Finished(process.returncode, output.read(), seconds, usage.ru_maxrss / 2**20)  # KiB on Linux
