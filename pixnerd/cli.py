@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,6 +31,7 @@ from .metrics.evaluation import SampleFile, collect, compare, own_batches, refer
 from .metrics.images import open_images
 from .metrics.nearest import digit_agreement
 from .metrics.networks import Network, load_network
+from .metrics.scenes import score_scenes, true_score
 from .model import PixNerd
 from .randomness import Purpose, generator
 from .recipes import RECIPES
@@ -147,10 +148,23 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Conditions:
+    """What `evaluate` draws."""
+
+    labels: Tensor
+    """[images] classes, or places of captions in the reference"""
+    encoded: Callable[[Tensor], Tensor]
+    """some of them → what the model takes: the classes themselves, or text features [B, L, F]"""
+    empty: Tensor | None
+    """features [L, F] of the empty caption; None for classes"""
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """Measure drawn images against real ones: a run's samples, or images that a run draws straight into the features.
 
-    Each result is a row of the run's metrics.json; what is there already is not measured again. `torchrun … -m pixnerd
+    A text model draws captions of the reference, which has to be a data set then: of each image the plainest. Each
+    result is a row of the run's metrics.json; what is there already is not measured again. `torchrun … -m pixnerd
     evaluate …` draws and measures on many GPUs.
     """
 
@@ -158,14 +172,15 @@ class Evaluate:
     """run folder, or images: a .npz with arr_0, or a folder of pictures"""
     reference: str = ""
     """real images: the ADM suite's reference .npz, a folder of pictures, or a data set; by default the run's"""
-    network: Network = "efficientnet"
-    """whose features: inception gives FID, sFID, IS, precision and recall; efficientnet needs no download"""
+    network: Literal[Network, "scenes"] = "efficientnet"
+    """whose features: inception gives FID, sFID, IS, precision and recall; efficientnet needs no download. Or
+    none: scenes counts, of captions of shapes, those that the drawing shows"""
     weights: str | None = None
     """Inception's file of weights, or DINOv2's folder; by default they are fetched"""
     draw: int = 0
     """draw so many images with the newest checkpoint; 0 measures the images that are there"""
     classes: Literal["equal", "random"] = "equal"
-    """of drawn images: as many of each class, or at random"""
+    """of drawn images: as many of each class, or of each caption, or at random"""
     average: str = "ema"
     """weights to draw with: ema, ema-DECAY or model"""
     steps: int | None = None
@@ -195,6 +210,8 @@ class Evaluate:
             run.save_metrics({"digit_agreement": agreement, "images": len(images)})
             print(f"the label is what a 3-nearest-neighbour vote reads in {agreement:.1%} of {len(images)} samples")
         reference = self.reference or config.data
+        if self.network == "scenes" and (not self.draw or self.weights):
+            raise InputError("network 'scenes' has no weights and reads what is drawn on the spot: name --draw alone")
         if self.draw:
             settings = self.settings()
         else:
@@ -203,25 +220,28 @@ class Evaluate:
             settings |= {"images": drawn.count, "samples": str(self.source)}
         scores = run.evaluation(settings) if self.draw and not self.out else None
         if scores is None:
-            network = load_network(self.network, self.weights, world.device)
+            scored = self.network == "scenes"
+            network = None if scored else load_network(self.network, self.weights, world.device)
             if self.draw:
                 model = load(run.folder, weights=self.average, device=world.device)
-                if isinstance(model, TextPixNerd):
-                    raise InputError(f"run {run.folder} is of a text model: draw with `pixnerd sample --prompts` first")
                 size = model.config.image_size
-                batches = self._drawn(model, overridden(config.sampling, self), world)
+                conditions = self._conditions(model, config, reference, world)
+                batches = self._drawn(model, conditions, overridden(config.sampling, self), world)
             else:
                 size = next(drawn.batches(1)).shape[-1]
                 batches = own_batches(drawn, self.batch_size, world)
-            folder = run.folder if is_run else None
-            real = reference_features(network, self.network, reference, size, self.batch_size, world, folder)
-            count = settings["images"]
-            found = collect(network, batches, count, world)
-            scores = compare(real, found, self.network) if world.leads else {}
+            if scored:
+                scores = self._scene_scores(conditions, reference, size, batches, world)
+            else:
+                folder = run.folder if is_run else None
+                real = reference_features(network, self.network, reference, size, self.batch_size, world, folder)
+                found = collect(network, batches, settings["images"], world)
+                scores = compare(real, found, self.network) if world.leads else {}
             if world.leads and is_run:
                 run.save_evaluation(settings, scores)
         if world.leads:
-            kind = f"{settings['images']} images against {reference}, {self.network} features"
+            how = "captions shown" if self.network == "scenes" else f"{self.network} features"
+            kind = f"{settings['images']} images against {reference}, {how}"
             print(f"{kind}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
             if self.out:
                 print(f"with the ADM suite: python evaluator.py REFERENCE.npz {self.out}")
@@ -243,24 +263,65 @@ class Evaluate:
             "sampling": dataclasses.asdict(overridden(config.sampling, self)),
         }
 
-    def _drawn(self, model: PixNerd, sampling: SamplingConfig, world: World) -> Iterator[tuple[int, Tensor]]:
-        """This process's batches of what is drawn: the place of the first, and uint8 [B, 3, H, W]."""
-        labels = torch.arange(self.draw) % model.num_classes
+    def _conditions(
+        self, model: PixNerd | TextPixNerd, config: TrainConfig, reference: str, world: World
+    ) -> Conditions:
+        """What to draw: all classes or, with a text model, all captions of the reference, in turns or at random."""
+        if isinstance(model, TextPixNerd):
+            captions = [ways[0] for ways in data.load(reference, model.config.image_size).captions]
+            if not captions:
+                raise InputError(f"run {self.source} draws captions, and {reference!r} has none: name --reference")
+            encode = caption_encoder(config, world.device)
+            kinds, empty = len(captions), encode([""])[0]
+            encoded = lambda labels: encode([captions[label] for label in labels.tolist()])
+        else:
+            kinds, empty, encoded = model.num_classes, None, lambda labels: labels
+        labels = torch.arange(self.draw) % kinds
         if self.classes == "random":
-            labels = torch.randint(model.num_classes, (self.draw,), generator=torch.Generator().manual_seed(self.seed))
+            labels = torch.randint(kinds, (self.draw,), generator=torch.Generator().manual_seed(self.seed))
+        return Conditions(labels, encoded, empty)
+
+    def _scene_scores(
+        self,
+        conditions: Conditions,
+        reference: str,
+        size: int,
+        batches: Iterable[tuple[int, Tensor]],
+        world: World,
+    ) -> dict[str, float]:
+        """How many drawings of scenes show their caption, and beside it how many true ones do, by the same detector."""
+        dataset = data.load(reference, size)
+        if conditions.empty is None or not isinstance(dataset, data.Shapes):
+            raise InputError(
+                f"network 'scenes' reads captions of shapes; it cannot measure {self.source} against {reference!r}: "
+                "it needs a text model and --reference shapes or shapes:held-out"
+            )
+        drawn = torch.zeros(self.draw, 3, size, size)
+        for first, pixels in tqdm(batches, unit="batch", disable=not world.leads, mininterval=1):
+            drawn[first : first + len(pixels)] = pixels.cpu()
+        drawn = world.sum(drawn).to(torch.uint8)
+        scenes = [dataset.scenes[label] for label in conditions.labels.tolist()]
+        return score_scenes(drawn, scenes).to_dict() | {"true drawings": true_score(scenes, size).overall}
+
+    def _drawn(
+        self, model: PixNerd | TextPixNerd, conditions: Conditions, sampling: SamplingConfig, world: World
+    ) -> Iterator[tuple[int, Tensor]]:
+        """This process's batches of what is drawn: the place of the first, and uint8 [B, 3, H, W]."""
         size = model.config.image_size
         file = SampleFile(self.out, (self.draw, size, size, 3), world) if self.out else None
         for number, batch in enumerate(torch.arange(self.draw).split(self.batch_size)):
             if number % world.size != world.rank:
                 continue
             options = {**dataclasses.asdict(sampling), "seed": self.seed, "indices": batch.tolist()}
+            condition = conditions.encoded(conditions.labels[batch]).to(world.device)
             with torch.autocast(world.device.type, torch.bfloat16, enabled=world.device.type == "cuda"):
-                pixels = data.to_uint8(sample(model, labels[batch].to(world.device), **options)).expand(-1, 3, -1, -1)
+                images = sample(model, condition, unconditional=conditions.empty, **options)
+                pixels = data.to_uint8(images).expand(-1, 3, -1, -1)
             if file:
                 file.put(int(batch[0]), pixels)
             yield int(batch[0]), pixels
         if file:
-            file.close(labels)
+            file.close(conditions.labels)
 
 
 @dataclass(frozen=True)
@@ -289,7 +350,8 @@ class Data:
     """Look at a data set: how many images of which classes, three captions, and, with --show, a contact sheet."""
 
     name: Annotated[str, tyro.conf.Positional]
-    """digits, emoji, emoji:WORDS, synthetic, folder:PATH, imagenet:PATH, prepared:PATH, captions:PATH or shards:PATH"""
+    """digits, emoji, emoji:WORDS, synthetic, shapes, shapes:held-out, folder:PATH, imagenet:PATH, prepared:PATH,
+    captions:PATH or shards:PATH"""
     image_size: int = 32
     """pixels along a side"""
     show: bool = False

@@ -5,6 +5,7 @@ Dimension letters: B captions, L tokens (padding included), F features of a toke
 
 import hashlib
 import importlib.util
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,7 +119,7 @@ class CachedEncoder:
     def _remember(self, caption: str, features: Tensor) -> None:
         path = self._path(caption)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(f".{os.getpid()}.partial")  # several processes may read the same caption
         save_file({"features": features.clone()}, partial)
         partial.replace(path)
         self._memory[caption] = features.clone()

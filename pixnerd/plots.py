@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -17,6 +18,7 @@ from torchvision.utils import make_grid
 from .data import to_uint8
 
 GAP = 2  # pixels between images
+FEW = 12  # values on a logarithmic axis that each get a number
 
 
 def _few_levels(images: Tensor) -> Tensor:
@@ -177,7 +179,101 @@ def curves(x: Tensor, panels: dict[str, dict[str, Tensor]], x_label: str, log: s
             )
             axis.plot(x, y, label=name, **style)
         axis.set(title=title, xlabel=x_label, **{f"{axis_name}scale": "log" for axis_name in log})
+        if "x" in log and len(x) <= FEW:
+            axis.set_xticks(x.tolist(), [f"{value:g}" for value in x.tolist()])
+            axis.xaxis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=8)
+    plt.close(figure)
+    return figure
+
+
+def maps(
+    values: Sequence[Tensor],
+    columns: int,
+    titles: Sequence[str] = (),
+    row_titles: Sequence[str] = (),
+    marks: Sequence[tuple[int, int]] = (),
+    under: Tensor | None = None,
+    side: float = 1.1,
+) -> Figure:
+    """Tables of numbers [h, w], panel by panel, as colours of one scale; a red square marks a cell (row, column).
+
+    With an image [C, S, S] in [−1, 1] under them, each number tints its part of the image: 0 is clear.
+    """
+    rows = -(-len(values) // columns)
+    size = (columns * side + 1.1, rows * side + 0.3 * (rows if len(titles) > columns else 1))
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    low, high = (0.0 if under is not None else min(float(v.min()) for v in values)), max(float(v.max()) for v in values)
+    clear = LinearSegmentedColormap.from_list("clear", [(1, 0.45, 0, 0), (1, 0.45, 0, 0.9)])
+    for place, axis in enumerate(axes.flat):
+        axis.axis("on" if place < len(values) else "off")
+        axis.set(xticks=[], yticks=[])
+    for place, (axis, table) in enumerate(zip(axes.flat, values, strict=False)):
+        height, width = table.shape
+        extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+        if under is not None:
+            pixels = _few_levels(under).permute(1, 2, 0).squeeze(-1).numpy()
+            axis.imshow(pixels, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation="nearest")
+        drawn = axis.imshow(
+            table.cpu().numpy(), vmin=low, vmax=high, extent=extent, cmap="viridis" if under is None else clear
+        )
+        if place < len(marks):
+            row, column = marks[place]
+            axis.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=1.5))
+        if place < len(titles):
+            axis.set_title(titles[place], fontsize=9)
+        if place % columns == 0 and place // columns < len(row_titles):
+            axis.set_ylabel(row_titles[place // columns], fontsize=9)
+    figure.colorbar(drawn, ax=axes, shrink=min(1, 2 / rows), pad=0.02).ax.tick_params(labelsize=8)
+    plt.close(figure)
+    return figure
+
+
+def arrows(panels: dict[str, Tensor], places: Tensor, targets: Tensor) -> Figure:
+    """Velocities at the same places [n, 2] of the plane, a panel each [n, 2]; targets [m, 2] are crosses.
+
+    The lengths of arrows compare within a panel only, where a typical one spans the gap between two places of a grid.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(2.4 * len(panels), 2.6), layout="constrained", squeeze=False)
+    gap = 2 * float(places.abs().max()) / max(1, len(places) ** 0.5 - 1)
+    for axis, (title, v) in zip(axes[0], panels.items(), strict=True):
+        longest = float(v.norm(dim=1).quantile(0.8)) or 1.0
+        shown = gap / longest * v
+        axis.quiver(*places.T, *shown.T, color="0.45", angles="xy", scale_units="xy", scale=1, width=0.006)
+        axis.scatter(*targets.T, marker="x", s=60, color="C3", linewidths=2, zorder=2)
+        axis.set(title=title, aspect="equal", xticks=[], yticks=[])
+    plt.close(figure)
+    return figure
+
+
+def balls(panels: dict[str, tuple[Tensor, Tensor, Tensor]], limit: float) -> Figure:
+    """Balls in the plane, and points: blue those that lie in one of the balls, red the others. Within ±limit.
+
+    Panels: title → centres [m, 2] and radii [m] of the balls, points [n, 2].
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.4), layout="constrained", squeeze=False)
+    for axis, (title, (centres, radii, points)) in zip(axes[0], panels.items(), strict=True):
+        for centre, radius in zip(centres.tolist(), radii.tolist(), strict=True):
+            axis.add_patch(plt.Circle(centre, radius, color="0.5", alpha=0.15, linewidth=0))
+        axis.scatter(*centres.T, s=8, color="0.4")
+        inside = ((points[:, None] - centres).norm(dim=-1) <= radii).any(1)  # [n]
+        axis.scatter(*points[inside].T, s=14, color="C0", zorder=2)
+        axis.scatter(*points[~inside].T, s=22, color="C3", marker="x", zorder=2)
+        axis.set(title=title, aspect="equal", xticks=[], yticks=[], xlim=(-limit, limit), ylim=(-limit, limit))
+    plt.close(figure)
+    return figure
+
+
+def through_samples(x: Tensor, panels: dict[str, Tensor], places: Tensor, samples: Tensor) -> Figure:
+    """A curve over x [n] in each panel, one below the other: {title: y [n]}. Samples [m] at their places are dots."""
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(7, 1.3 * len(panels) + 0.3), sharex=True, layout="constrained", squeeze=False
+    )
+    for axis, (title, y) in zip(axes[:, 0], panels.items(), strict=True):
+        axis.plot(x, y, linewidth=1)
+        axis.plot(places, samples, "k.", markersize=4)
+        axis.set_title(title, fontsize=9, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
     plt.close(figure)
     return figure

@@ -97,6 +97,23 @@ RECIPES = Recipes(
             checkpoint_every=500,
             sampling=SamplingConfig(steps=25, guidance=3.0, interval=(0.0, 0.8)),  # guided to the end, colours saturate
         ),
+        # scenes of shapes, computed, in 7,862 captions; `metrics.scenes` tells whether a drawing shows its caption
+        "shapes-text-cpu": TrainConfig(
+            data="shapes",
+            model=dataclasses.replace(TEXT_SIZES["text-micro/8"], prediction="x"),
+            text_encoder="minilm",
+            steps=4000,
+            batch_size=64,
+            learning_rate=2e-3,
+            warmup_steps=100,
+            decay="linear",
+            betas=(0.9, 0.95),
+            clip=1.0,
+            ema_decay=0.998,
+            recompute="none",
+            checkpoint_every=500,
+            sampling=SamplingConfig(steps=25, guidance=3.0, interval=(0.0, 0.8)),
+        ),
         "digits-gpu": TrainConfig(
             data="digits",
             model=dataclasses.replace(SIZES["small/8"], channels=1, prediction="x"),

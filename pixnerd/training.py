@@ -49,7 +49,8 @@ class TrainConfig:
     out: str = "runs/train"
     """the run's folder"""
     data: str = "folder:data/imagenet/train"
-    """digits, emoji, emoji:WORDS, synthetic, folder:PATH, imagenet:PATH, prepared:PATH, captions:PATH or shards:PATH"""
+    """digits, emoji, emoji:WORDS, synthetic, shapes, shapes:held-out, folder:PATH, imagenet:PATH, prepared:PATH,
+    captions:PATH or shards:PATH"""
     model: ModelConfig = SIZES["L/16"]
     """the network; its channels are set to the data's"""
     start_from: str = ""

@@ -1,5 +1,5 @@
 """Data sets by name: `digits`, `emoji`, `synthetic`, `folder:PATH`, `imagenet:PATH`, `prepared:PATH`,
-`captions:PATH`, `shards:PATH`.
+`captions:PATH`, `shards:PATH`, `shapes`, `shapes:held-out`.
 
 All give images in [−1, 1] and labels.
 """
@@ -12,6 +12,7 @@ from .emoji import Emoji, emoji_called
 from .folder import ImageFolder
 from .imagenet import ImageNet
 from .prepared import Prepared, prepare, read_speeds
+from .shapes import Shapes, shapes_called
 from .synthetic import Synthetic
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "ImageFolder",
     "ImageNet",
     "Prepared",
+    "Shapes",
     "Synthetic",
     "cache_folder",
     "load",
@@ -53,7 +55,9 @@ def load(name: str, image_size: int) -> ImageDataset:
             return CaptionFolder(path, image_size)
         case "shards", True:
             return CaptionShards(path, image_size)
+        case "shapes", _:
+            return shapes_called(path, image_size)
     raise InputError(
         f"data set {name!r} is unknown; known: digits, emoji, emoji:WORDS, synthetic, folder:PATH, "
-        "imagenet:PATH, prepared:PATH, captions:PATH, shards:PATH"
+        "imagenet:PATH, prepared:PATH, captions:PATH, shards:PATH, shapes, shapes:held-out"
     )
