@@ -58,8 +58,8 @@ exercises: setup
 
 # The lessons with their kept outputs as web pages.
 book: setup
-	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going notebooks book
-	@echo "Read:  book/index.html"
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -d book/doctrees notebooks book/html
+	@echo "Read:  book/html/index.html"
 
 lint: setup
 	$(BIN)/ruff format --check .

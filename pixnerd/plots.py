@@ -5,6 +5,7 @@ Images are [B, C, H, W] in [−1, 1]; one channel is drawn grey.
 
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -136,6 +137,35 @@ def cost_curve(lines: dict[str, list[tuple[int, float]]], name: str, published: 
     return figure
 
 
+def loss_curve(log: Sequence[dict[str, Any]]) -> Figure:
+    """The loss over the steps of a log.jsonl, and, on the right, by tenth of t over its last quarter."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+    losses = [entry["loss"] for entry in log]
+    left.plot([entry["step"] for entry in log], losses)
+    top = 3 * float(np.median(losses))  # the first steps' fall would flatten all that follows
+    left.set(xlabel="step", ylabel="mean (v̂ − v)²", ylim=(0, top), title="loss")
+    last = log[-max(1, len(log) // 4) :]
+    by_t = np.array([entry["loss_by_t"] for entry in last], dtype=float)  # None → nan
+    known = ~np.isnan(by_t).all(axis=0)
+    right.bar((np.arange(10) / 10 + 0.05)[known], np.nanmean(by_t[:, known], axis=0), width=0.09)
+    right.set(xlabel="t  (0 noise, 1 data)", xlim=(0, 1), title="loss by t, last quarter")
+    plt.close(figure)
+    return figure
+
+
+def speed_curve(log: Sequence[dict[str, Any]]) -> Figure:
+    """Images a second over the steps of a log.jsonl, and, on the right, the share of what the devices could do."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 2.2), layout="constrained")
+    steps = [entry["step"] for entry in log]
+    for axis, name, title in zip(
+        axes, ("images_per_second", "utilisation"), ("images / s", "utilisation"), strict=True
+    ):
+        axis.plot(steps, [entry[name] for entry in log])
+        axis.set(xlabel="step", ylim=(0, None), title=title)
+    plt.close(figure)
+    return figure
+
+
 def tracks(panels: dict[str, Tensor], targets: Tensor, under: Tensor | None = None) -> Figure:
     """Ways of points in the plane, a panel each [T, n, 2]: from small dots, coloured by the target nearest their end.
 
@@ -213,8 +243,8 @@ def maps(
         height, width = table.shape
         extent = (-0.5, width - 0.5, height - 0.5, -0.5)
         if under is not None:
-            pixels = _few_levels(under).permute(1, 2, 0).squeeze(-1).numpy()
-            axis.imshow(pixels, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation="nearest")
+            pixels = _few_levels(under).permute(1, 2, 0).squeeze(-1).numpy() / 255 * 0.6 + 0.2  # a tint shows on all
+            axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, extent=extent, interpolation="nearest")
         drawn = axis.imshow(
             table.cpu().numpy(), vmin=low, vmax=high, extent=extent, cmap="viridis" if under is None else clear
         )
@@ -235,7 +265,7 @@ def arrows(panels: dict[str, Tensor], places: Tensor, targets: Tensor) -> Figure
 
     The lengths of arrows compare within a panel only, where a typical one spans the gap between two places of a grid.
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(2.4 * len(panels), 2.6), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(2.2 * len(panels), 2.4), layout="constrained", squeeze=False)
     gap = 2 * float(places.abs().max()) / max(1, len(places) ** 0.5 - 1)
     for axis, (title, v) in zip(axes[0], panels.items(), strict=True):
         longest = float(v.norm(dim=1).quantile(0.8)) or 1.0
@@ -268,7 +298,7 @@ def balls(panels: dict[str, tuple[Tensor, Tensor, Tensor]], limit: float) -> Fig
 def through_samples(x: Tensor, panels: dict[str, Tensor], places: Tensor, samples: Tensor) -> Figure:
     """A curve over x [n] in each panel, one below the other: {title: y [n]}. Samples [m] at their places are dots."""
     figure, axes = plt.subplots(
-        len(panels), 1, figsize=(7, 1.3 * len(panels) + 0.3), sharex=True, layout="constrained", squeeze=False
+        len(panels), 1, figsize=(5.6, 0.95 * len(panels) + 0.3), sharex=True, layout="constrained", squeeze=False
     )
     for axis, (title, y) in zip(axes[:, 0], panels.items(), strict=True):
         axis.plot(x, y, linewidth=1)
