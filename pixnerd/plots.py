@@ -298,7 +298,7 @@ def balls(panels: dict[str, tuple[Tensor, Tensor, Tensor]], limit: float) -> Fig
 def through_samples(x: Tensor, panels: dict[str, Tensor], places: Tensor, samples: Tensor) -> Figure:
     """A curve over x [n] in each panel, one below the other: {title: y [n]}. Samples [m] at their places are dots."""
     figure, axes = plt.subplots(
-        len(panels), 1, figsize=(5.6, 0.95 * len(panels) + 0.3), sharex=True, layout="constrained", squeeze=False
+        len(panels), 1, figsize=(5.4, 0.92 * len(panels) + 0.3), sharex=True, layout="constrained", squeeze=False
     )
     for axis, (title, y) in zip(axes[:, 0], panels.items(), strict=True):
         axis.plot(x, y, linewidth=1)

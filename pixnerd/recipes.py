@@ -97,12 +97,21 @@ RECIPES = Recipes(
             checkpoint_every=500,
             sampling=SamplingConfig(steps=25, guidance=3.0, interval=(0.0, 0.8)),  # guided to the end, colours saturate
         ),
-        # scenes of shapes, computed, in 7,862 captions; `metrics.scenes` tells whether a drawing shows its caption
+        # scenes of shapes, computed, in 7,862 captions; `metrics.scenes` tells whether a drawing shows its caption.
+        # With the field of the emoji the loss after 1,000 steps is 0.120 instead of 0.080
         "shapes-text-cpu": TrainConfig(
             data="shapes",
-            model=dataclasses.replace(TEXT_SIZES["text-micro/8"], prediction="x"),
+            model=dataclasses.replace(
+                TEXT_SIZES["text-micro/8"],
+                prediction="x",
+                field_width=32,
+                field_blocks=2,
+                encoding="dct",
+                weight_norm="fc1+fc2",
+                output_norm=True,
+            ),
             text_encoder="minilm",
-            steps=4000,
+            steps=7000,
             batch_size=64,
             learning_rate=2e-3,
             warmup_steps=100,
