@@ -30,7 +30,7 @@ class Explorer(widgets.VBox):
             if control.has_trait("continuous_update"):
                 control.continuous_update = False
             control.observe(self._draw, "value")
-        super().__init__([*controls.values(), self.error, self.image])
+        super().__init__([*controls.values(), self.error, self.image], layout={"align_items": "flex-start"})
         self._draw()
 
     def _draw(self, _: object = None) -> None:
