@@ -4,8 +4,10 @@ python -m tests.notebooks.exercises
 """
 
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from .notebook_files import EXERCISES, LESSONS, cells, tags
@@ -15,25 +17,24 @@ def with_exercises() -> list[Path]:
     return [path for path in LESSONS if any("solution" in tags(cell) for cell in cells(path, "code"))]
 
 
-def generate(lesson: Path, folder: Path) -> Path:
-    """Write a lesson's exercises into `folder`; nbstripout leaves out its solutions and outputs.
+def generate(lessons: Sequence[Path], folder: Path) -> list[Path]:
+    """Write the lessons' exercises into `folder`; nbstripout leaves out their solutions and outputs.
 
-    Paths in the lesson lead from notebooks/ to runs and to other notebooks; here they start one folder deeper.
+    Paths in the lessons lead from notebooks/ to runs and to other notebooks; here they start one folder deeper.
     """
+    paths = [Path(shutil.copy(lesson, folder)) for lesson in lessons]
     command = [sys.executable, "-m", "nbstripout", "--keep-id", "--drop-tagged-cells", "solution"]
-    command += ["--extra-keys", "metadata.workbook cell.metadata.wrong", "--textconv", str(lesson)]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    text = re.sub(r"\]\((?=00_|demo|scale/)", "](../", text)
-    text = text.replace('\\"../runs/', '\\"../../runs/')
-    path = folder / lesson.name
-    path.write_text(text)
-    return path
+    command += ["--extra-keys", "metadata.workbook cell.metadata.wrong", *map(str, paths)]
+    subprocess.run(command, check=True)
+    for path in paths:
+        text = re.sub(r"\]\((?=00_|demo|scale/)", "](../", path.read_text())
+        path.write_text(text.replace('\\"../runs/', '\\"../../runs/'))
+    return paths
 
 
 if __name__ == "__main__":
     EXERCISES.mkdir(exist_ok=True)
-    wanted = with_exercises()
-    for stale in set(EXERCISES.glob("*.ipynb")) - {EXERCISES / path.name for path in wanted}:
-        stale.unlink()
-    for path in wanted:
-        print(generate(path, EXERCISES).relative_to(Path.cwd()))
+    for old in EXERCISES.glob("*.ipynb"):
+        old.unlink()
+    for path in generate(with_exercises(), EXERCISES):
+        print(path.relative_to(Path.cwd()))
