@@ -128,9 +128,14 @@ def inception_score(logits: Tensor) -> Spread:
 def squared_distances(rows: Tensor, columns: Tensor, half: bool) -> Tensor:
     """|r|² − 2·r·c + |c|², not below 0, [rows, columns]; in float16 where `half` and all of them are finite there."""
     if half:
-        distances = squared_distances(rows.half(), columns.half(), False)
+        rows_16, columns_16 = rows.half(), columns.half()
+        if rows.device.type == "cpu":  # which multiplies float16 slowly; a GPU sums the products in float32, too
+            products = (rows_16.float() @ columns_16.float().T).half()
+        else:
+            products = rows_16 @ columns_16.T
+        distances = rows_16.square().sum(1)[:, None] - 2 * products + columns_16.square().sum(1)
         if distances.isfinite().all():
-            return distances.float()
+            return distances.clamp(min=0).float()
     norms = rows.square().sum(1)[:, None], columns.square().sum(1)
     return (norms[0] - 2 * rows @ columns.T + norms[1]).clamp(min=0)
 

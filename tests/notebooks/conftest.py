@@ -6,7 +6,8 @@ def pytest_terminal_summary(terminalreporter):
     rows = sorted(value for report in reports for name, value in report.user_properties if name == "notebook")
     if rows:
         terminalreporter.section("notebooks at smoke size")
-        for name, seconds, gib in rows:
-            terminalreporter.write_line(f"{name:24} {seconds:5.0f} s {gib:6.2f} GiB")
-        total = sum(seconds for _, seconds, _ in rows)
-        terminalreporter.write_line(f"{'all':24} {total:5.0f} s")
+        terminalreporter.write_line(f"{'':24} seconds  computing   GiB")
+        for name, seconds, computing, gib in rows:
+            terminalreporter.write_line(f"{name:24} {seconds:7.0f} {computing:10.0f} {gib:5.2f}")
+        total, computing = (sum(row[i] for row in rows) for i in (1, 2))
+        terminalreporter.write_line(f"{'all':24} {total:7.0f} {computing:10.0f}")

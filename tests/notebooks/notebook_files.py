@@ -1,7 +1,7 @@
 """The notebooks of this project: which there are, what their metadata declare, and running one with its cost measured.
 
-A notebook's metadata have an entry `workbook`: `smoke`, the parameters of a short run; `budget`, the seconds and the
-GiB that such a run may take; and in a lesson `executed`, the hash of the code cells whose outputs it keeps.
+A notebook's metadata have an entry `workbook`: `smoke`, the parameters of a short run; `budget`, the seconds of processor
+time and the GiB that such a run may take; and in a lesson `executed`, the hash of the code cells whose outputs it keeps.
 """
 
 import ast
@@ -67,6 +67,8 @@ class Finished:
     code: int
     output: str
     seconds: float
+    processor_seconds: float
+    """of all its processes: what it takes however busy the machine is"""
     gib: float
     """peak resident memory of the process or of the largest that it started and waited for, a notebook's kernel"""
 
@@ -82,4 +84,5 @@ def measured(command: list[str], folder: Path, **environment: str) -> Finished:
         seconds = time.perf_counter() - begin
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
-        return Finished(process.returncode, output.read(), seconds, usage.ru_maxrss / 2**20)  # KiB on Linux
+        computing = usage.ru_utime + usage.ru_stime
+        return Finished(process.returncode, output.read(), seconds, computing, usage.ru_maxrss / 2**20)  # KiB on Linux
