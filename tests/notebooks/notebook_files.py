@@ -1,7 +1,8 @@
 """The notebooks of this project: which there are, what their metadata declare, and running one with its cost measured.
 
-A notebook's metadata have an entry `workbook`: `smoke`, the parameters of a short run; `budget`, the seconds of processor
-time and the GiB that such a run may take; and in a lesson `executed`, the hash of the code cells whose outputs it keeps.
+A notebook's metadata have an entry `workbook`: `smoke`, the parameters of a short run; `budget`, the seconds of
+processor time and the GiB that such a run may take; and in a lesson `executed`, the hash of the code cells whose
+outputs it keeps.
 """
 
 import ast
