@@ -61,3 +61,16 @@ def tiny_folder(tmp_path_factory):
     torch.manual_seed(0)
     transformers.BertModel(config).save_pretrained(folder)
     return folder
+
+
+def pytest_terminal_summary(terminalreporter):
+    """At the end of a test run: what every notebook took."""
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    rows = sorted(value for report in reports for name, value in report.user_properties if name == "notebook")
+    if rows:
+        terminalreporter.section("notebooks at smoke size")
+        terminalreporter.write_line(f"{'':24} seconds  computing   GiB")
+        for name, seconds, computing, gib in rows:
+            terminalreporter.write_line(f"{name:24} {seconds:7.0f} {computing:10.0f} {gib:5.2f}")
+        total, computing = (sum(row[i] for row in rows) for i in (1, 2))
+        terminalreporter.write_line(f"{'all':24} {total:7.0f} {computing:10.0f}")
