@@ -49,6 +49,8 @@ def main(name: str, folders: list[str]) -> None:
         run = Run(folder)
         for entry in run.metrics()["evaluations"]:
             settings = entry["settings"]
+            if "sampling" not in settings:  # of images that were drawn before, by settings unknown
+                continue
             key = (run.config()["model"]["head"], settings["sampling"]["guidance"], settings["images"])
             found[key].append(entry["scores"])
     print("| head | runs | 1000 · KID-EffLite0 | FD-EffLite0 | precision | recall |\n|---|---|---|---|---|---|")
