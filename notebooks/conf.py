@@ -6,6 +6,7 @@ extensions = ["myst_nb"]
 nb_execution_mode = "off"  # `make notebooks` executes them
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 2  # page.md#a-heading
 exclude_patterns = ["exercises", "**.ipynb_checkpoints"]
 html_theme = "sphinx_book_theme"
 html_theme_options = {"home_page_in_toc": True, "show_toc_level": 2, "use_download_button": True}

@@ -1,23 +1,19 @@
-"""PixNerd: pixel-space diffusion with a neural field per patch (arXiv 2507.23268). t = 0 is noise, t = 1 is data."""
+"""PixNerd: pixel-space diffusion with a neural field per patch (arXiv 2507.23268). t = 0 is noise, t = 1 is data.
 
-from . import sampling, training
-from .checkpoints import load, load_released
-from .errors import InputError
-from .model import ModelConfig, PixNerd
-from .sampling import sample
-from .text import ALL_SIZES as SIZES
-from .text import TextModelConfig, TextPixNerd
+Everything is imported when it is first used: `import pixnerd` alone loads no torch.
+"""
 
-__all__ = [
-    "SIZES",
-    "InputError",
-    "ModelConfig",
-    "PixNerd",
-    "TextModelConfig",
-    "TextPixNerd",
-    "load",
-    "load_released",
-    "sample",
-    "sampling",
-    "training",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=["sampling", "training"],
+    submod_attrs={
+        "errors": ["InputError"],
+        "model": ["PixNerd"],
+        "model_config": ["SIZES", "ModelConfig", "TextModelConfig"],
+        "runs": ["load", "load_released"],
+        "sampling": ["sample"],
+        "text": ["TextPixNerd"],
+    },
+)

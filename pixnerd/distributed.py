@@ -1,4 +1,4 @@
-"""One training on many devices: who this process is, how a model is spread over all, and what the processes agree on.
+"""One training run on many devices: which process this is, how a model is replicated or sharded, what all agree on.
 
 torchrun starts one process for each device (of one machine or of many) and tells each its rank. A process that it did
 not start is alone, and then nothing here costs anything.
@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import InputError
@@ -19,7 +17,7 @@ from .errors import InputError
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a training, seen from one of them."""
+    """The processes of a program, seen from one of them."""
 
     rank: int
     """this process, 0 … size − 1"""
@@ -59,7 +57,7 @@ class World:
         return torch.cat(parts)
 
     def any(self, flag: bool) -> bool:
-        """Whether one of the processes says so. Agreed on over the CPU, so that no accelerator has to wait."""
+        """Whether the flag is set in any process. Communicated over the CPU, so that no accelerator has to wait."""
         if self.size == 1:
             return flag
         votes = torch.tensor(int(flag))
@@ -67,7 +65,7 @@ class World:
         return bool(votes)
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Return once every process has called this."""
         if self.size > 1:
             self.any(False)
 
@@ -94,7 +92,7 @@ def join(device: torch.device | None = None) -> World:
 
 
 def leave() -> None:
-    """Part from the other processes, at the end of a program."""
+    """Shut down communication with the other processes, at the end of a program."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -107,15 +105,33 @@ def shard(model: nn.Module, world: World) -> None:
     """
     if not dist.is_initialized():
         raise InputError("shard is on, but this process is alone: start it with torchrun")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(world.device.type, (world.size,))
     for block in (*getattr(model, "blocks", ()), *getattr(model, "text_blocks", ())):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether every process holds only a part of each weight."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: all of it, or its shard."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # which a DTensor has
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A tensor in full, its shards gathered; every process calls it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def replicate(model: nn.Module, world: World) -> nn.Module:
     """DDP: every process keeps the whole model, and gradients are averaged while the backward pass runs."""
-    if world.size == 1 or isinstance(model, FSDPModule):
+    if world.size == 1 or is_sharded(model):
         return model
     devices = [world.device] if world.device.type == "cuda" else None
     wrapped = DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -123,9 +139,14 @@ def replicate(model: nn.Module, world: World) -> nn.Module:
     return wrapped
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """The model itself, without what `replicate` put around it."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 def exchange_gradients(model: nn.Module, exchange: bool) -> None:
     """Whether the next backward pass ends with the gradients of all processes: only the last of a step has to."""
-    if isinstance(model, FSDPModule):
+    if is_sharded(model):
         model.set_requires_gradient_sync(exchange)
     elif isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = exchange  # what its context manager no_sync sets

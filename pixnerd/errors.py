@@ -1,4 +1,4 @@
-"""What the user is told when an input cannot work."""
+"""What the user is told when an input cannot work, or a training run cannot go on."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The command line prints the sentence alone and exits with code 2; any other exception keeps its traceback.
     """
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became infinite or not a number; the message names the step and the last good checkpoint."""

@@ -8,65 +8,21 @@ Dimension letters: M patches (of all images of a batch), K pixels of a patch (ro
 transformer, W width of the field, R = ratio · W its hidden width, F = 64 features of the coordinate encoding.
 """
 
-import functools
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .encodings import Encoding, coordinate_table, encoding_features
+from .encodings import dct_encoding as dct_encoding
+from .encodings import sincos_encoding as sincos_encoding
 from .layers import RMSNorm, at_least_float32
+from .model_config import WeightNorm
 
-Encoding = Literal["dct", "sincos", "none"]
-WeightNorm = Literal["none", "fc1", "fc1+fc2"]
-
-ENCODING_FEATURES = {"dct": 64, "sincos": 64, "none": 0}
 PATCHES_PER_PIECE = 1024  # the backward pass recomputes the field of this many patches at a time
 L2_EPS = 1e-12
-
-
-def dct_encoding(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Cosine products of the DCT, damped: cos(π f_x x)·cos(π f_y y) / (1 + f_x f_y), [K, 64].
-
-    x = column and y = row over linspace(0, 1); eight frequencies linspace(0, 8, 8) (not integers, as published), f_x
-    the outer index of the 8 × 8 features.
-    """
-    frequency = torch.linspace(0, 8, 8, dtype=dtype, device=device)
-    y = torch.linspace(0, 1, height, dtype=dtype, device=device)
-    x = torch.linspace(0, 1, width, dtype=dtype, device=device)
-    cos_x = torch.cos(math.pi * x[:, None] * frequency)  # [width, 8]
-    cos_y = torch.cos(math.pi * y[:, None] * frequency)  # [height, 8]
-    products = cos_x[None, :, :, None] * cos_y[:, None, None, :]  # [height, width, 8 (f_x), 8 (f_y)]
-    damped = products / (1 + frequency[:, None] * frequency)
-    return damped.reshape(height * width, 64)
-
-
-def sincos_encoding(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[cos xω₀, cos yω₀, cos xω₁, cos yω₁, …], ω_k = 10000^(−4k/128), k = 0 … 31: [K, 64].
-
-    x = column and y = row over linspace(0, 16). The published text-to-image model uses this one, cosines only.
-    """
-    omega = 10000.0 ** (-4 / 128 * torch.arange(32, dtype=dtype, device=device))
-    y = torch.linspace(0, 16, height, dtype=dtype, device=device)
-    x = torch.linspace(0, 16, width, dtype=dtype, device=device)
-    grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
-    angles = torch.stack((grid_x, grid_y), -1).reshape(-1, 1, 2) * omega[:, None]  # [K, 32, 2]
-    return angles.flatten(1).cos()
-
-
-@functools.lru_cache(maxsize=32)
-def coordinate_table(encoding: Encoding, height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The encoded coordinates of a patch's pixels, [K, F]: the same for every patch, so made once and kept."""
-    with torch.inference_mode(False):  # the table outlives the caller, who may be in inference mode
-        match encoding:
-            case "dct":
-                return dct_encoding(height, width, dtype, device)
-            case "sincos":
-                return sincos_encoding(height, width, dtype, device)
-            case "none":
-                return torch.zeros(height * width, 0, dtype=dtype, device=device)
 
 
 def unit_fan_in(weight: Tensor) -> Tensor:
@@ -115,7 +71,7 @@ class NeuralFieldHead(nn.Module):
     ):
         super().__init__()
         self.channels, self.encoding = channels, encoding
-        self.embed = nn.Linear(channels + ENCODING_FEATURES[encoding], width)
+        self.embed = nn.Linear(channels + encoding_features(encoding), width)
         self.blocks = nn.ModuleList(FieldBlock(condition_width, width, ratio, weight_norm) for _ in range(blocks))
         self.norm = RMSNorm(width) if output_norm else nn.Identity()
         self.out = nn.Linear(width, channels)

@@ -46,6 +46,7 @@ class FlowLoss(NamedTuple):
     mean: Tensor  # 0-dim, the loss to minimise
     per_image: Tensor  # [B], detached: who pays how much, for the loss by t
     clean: Tensor  # [B, C, H, W], x̂: the image that the estimated velocity leads to
+    tokens: Tensor | None = None  # [B, N, D], the output of the block that was asked for
 
 
 def mean_square(error: Tensor) -> Tensor:
@@ -61,6 +62,7 @@ def loss(
     t: Tensor,
     base_resolution: tuple[int, int] | None = None,
     measure: Callable[[Tensor], Tensor] = mean_square,
+    tap: int | None = None,
 ) -> FlowLoss:
     """mean((v̂ − v)²) at x_t, weight 1.
 
@@ -75,12 +77,17 @@ def loss(
         t: times [B] in [0, 1].
         base_resolution: (h, w) that the transformer sees while the head decodes H × W; by default the same.
         measure: the size [B] of velocity errors [B, C, H, W]; by default their mean square.
+        tap: a block of the network, 1 … blocks, whose tokens are given as well; by default none.
     """
     x_t = interpolate(image, noise, t)
     if model.config.prediction == "v":
         target = velocity(image, noise)
     else:
         target = velocity_from_image(image, x_t, t)
-    estimate = model(x_t, t, condition, base_resolution)
+    tokens = None
+    if tap is None:
+        estimate = model(x_t, t, condition, base_resolution)
+    else:
+        estimate, tokens = model(x_t, t, condition, base_resolution, tap)
     per_image = measure(estimate - target)  # [B]
-    return FlowLoss(per_image.mean(), per_image.detach(), clean_image(x_t, estimate, t))
+    return FlowLoss(per_image.mean(), per_image.detach(), clean_image(x_t, estimate, t), tokens)

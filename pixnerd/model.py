@@ -5,8 +5,7 @@ Source: arXiv 2507.23268. Dimension letters: B images, C channels, N patches, P 
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -15,110 +14,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .errors import InputError
-from .fields import Encoding, LinearHead, NeuralFieldHead, WeightNorm
+from .fields import LinearHead, NeuralFieldHead
 from .layers import Attention, DiTBlock, TimeEmbedding, rotary_table
-
-Prediction = Literal["v", "x"]
-Recompute = Literal["none", "head", "all"]
+from .model_config import SIZES as SIZES
+from .model_config import ModelConfig, Recompute, check_resolution
 
 MIN_REMAINING_TIME = 0.05  # 1 − t is not taken smaller than this where it divides
-
-
-def check_image_size(config: "ModelConfig", height: int, width: int) -> None:
-    """Raise InputError unless the patch divides both sides."""
-    P = config.patch_size
-    if height < P or width < P or height % P or width % P:
-        raise InputError(
-            f"image size {height}x{width} does not fit patches of {P}; both sides have to be multiples of {P}"
-        )
-
-
-def check_resolution(config: "ModelConfig", size: tuple[int, int], base_resolution: tuple[int, int] | None) -> None:
-    """Raise InputError unless images of `size` can be decoded from tokens of the base resolution."""
-    if base_resolution is None:
-        return check_image_size(config, *size)
-    check_image_size(config, *base_resolution)
-    for side, full, base in zip(("height", "width"), size, base_resolution, strict=True):
-        tokens = base // config.patch_size
-        if full < tokens or full % tokens:
-            raise InputError(
-                f"image {side} {full} cannot be shared by the {tokens} patches of base {side} {base}; "
-                f"it has to be a multiple of {tokens}"
-            )
-    if config.head == "linear" and tuple(size) != tuple(base_resolution):
-        raise InputError(f"a linear head draws at its base resolution alone; {size} is not {base_resolution}")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Everything that shapes the network; every switch that the paper ablates is a plain field.
-
-    Raises InputError when a value is outside its range.
-    """
-
-    width: int = 1024
-    """D, channels of a token"""
-    heads: int = 16
-    """attention heads; width / heads has to be a multiple of 4"""
-    blocks: int = 22
-    """transformer blocks"""
-    patch_size: int = 16
-    """P, pixels along a patch's side"""
-    channels: int = 3
-    """channels of the images"""
-    image_size: int = 256
-    """pixels along a side of the training images; the network takes any size that the patch divides"""
-    head: Literal["field", "linear"] = "field"
-    """what decodes a patch: its own neural field, or one linear layer (the baseline)"""
-    field_width: int = 64
-    """channels of a pixel inside the field"""
-    field_blocks: int = 2
-    """field blocks, each with generated weights"""
-    field_ratio: int = 2
-    """hidden width of a field block / field width"""
-    encoding: Encoding = "dct"
-    """coordinate encoding of the field"""
-    weight_norm: WeightNorm = "fc1+fc2"
-    """which generated matrices are scaled to unit fan-in norm"""
-    output_norm: bool = True
-    """RMSNorm before the field's last linear"""
-    prediction: Prediction = "v"
-    """what the network's last layer means: the velocity x − ε, or the clean image x"""
-
-    def __post_init__(self):
-        for name, kind in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if kind is int and value < 1:
-                raise InputError(f"model.{name} is {value}; it has to be at least 1")
-            if get_args(kind) and value not in get_args(kind):
-                raise InputError(f"model.{name} is {value!r}; allowed: {', '.join(get_args(kind))}")
-        if self.width % self.heads or self.width // self.heads % 4:
-            raise InputError(
-                f"model.width {self.width} over {self.heads} heads gives {self.width / self.heads:g} channels a head; "
-                "2-D rotary positions need a multiple of 4"
-            )
-        check_image_size(self, self.image_size, self.image_size)
-
-
-class Sizes(dict[str, ModelConfig]):
-    """Named model sizes; an unknown name is an InputError that lists the known ones."""
-
-    def __missing__(self, name: str) -> ModelConfig:
-        raise InputError(f"model size {name!r} is unknown; known sizes: {', '.join(self)}")
-
-
-SIZES = Sizes(
-    {
-        # for laptops and tests: 32-pixel images
-        "nano/8": ModelConfig(64, heads=2, blocks=2, patch_size=8, image_size=32, field_width=16, field_blocks=1),
-        "micro/8": ModelConfig(128, heads=4, blocks=4, patch_size=8, image_size=32, field_width=16, field_blocks=1),
-        "small/8": ModelConfig(384, heads=6, blocks=8, patch_size=8, image_size=32, field_width=32),
-        # published (arXiv 2507.23268): 452 M and 701 M parameters, and the baseline the paper sets beside L/16
-        "L/16": ModelConfig(width=1024, heads=16, blocks=22, field_blocks=2),
-        "XL/16": ModelConfig(width=1152, heads=16, blocks=26, field_blocks=4),
-        "L/16-linear": ModelConfig(width=1024, heads=16, blocks=24, head="linear"),
-    }
-)
 
 
 def velocity_from_image(image: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -136,11 +37,12 @@ class PatchDenoiser(nn.Module):
     pixels of the "head", or "all", the head and every block. It changes memory and time, never the numbers.
     """
 
+    num_classes: int | None = None
+    """of a class-conditional network; one that is told captions has none"""
+
     def __init__(self, config: ModelConfig, blocks: Iterable[DiTBlock], recompute: Recompute):
         super().__init__()
         self.config, self.recompute = config, recompute
-        self.tap: int | None = None  # which block's output to keep in `tapped`, counted from 1
-        self.tapped: Tensor | None = None  # [B, N, D]
         width, patch_size, channels = config.width, config.patch_size, config.channels
         self.patch_embed = nn.Linear(channels * patch_size**2, width)
         self.time_embed = TimeEmbedding(width)
@@ -173,11 +75,13 @@ class PatchDenoiser(nn.Module):
         c: Tensor,
         base_resolution: tuple[int, int] | None,
         text: Tensor | None = None,
-    ) -> Tensor:
+        tap: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The velocity [B, C, H, W] at x for times t [B], their embedding [B, D], condition c [B, D], text [B, L, D].
 
         With a base resolution (h, w), the transformer sees the image resized to it (nearest pixel), and every patch of
-        the head covers P·H/h × P·W/w pixels of the full image, at coordinates resampled over the same range.
+        the head covers P·H/h × P·W/w pixels of the full image, at coordinates resampled over the same range. With
+        `tap`, the tokens [B, N, D] that leave this block, counted from 1, come with the velocity.
         """
         P = self.config.patch_size
         height, width = base_resolution or x.shape[2:]
@@ -192,14 +96,15 @@ class PatchDenoiser(nn.Module):
                 tokens = checkpoint(block, tokens, c, rotary, text, use_reentrant=False, preserve_rng_state=False)
             else:
                 tokens = block(tokens, c, rotary, text)
-            if place == self.tap:
-                self.tapped = tokens
+            if place == tap:
+                tapped = tokens
         s = F.silu(time[:, None] + tokens).flatten(0, 1)  # [B·N, D]
         pixels = rearrange(x, "b c (h p) (w q) -> (b h w) (p q) c", h=rows, w=columns)  # [B·N, K, C]
         patch = x.shape[2] // rows, x.shape[3] // columns
         pixels = self.head(pixels, s, patch, self.training and self.recompute != "none")
         out = rearrange(pixels, "(b h w) (p q) c -> b c (h p) (w q)", h=rows, w=columns, p=patch[0])
-        return out if self.config.prediction == "v" else velocity_from_image(out, x, t)
+        v = out if self.config.prediction == "v" else velocity_from_image(out, x, t)
+        return v if tap is None else (v, tapped)
 
     def check(self, x: Tensor, t: Tensor, condition: Tensor, base_resolution: tuple[int, int] | None) -> None:
         """Raise InputError unless image, times, condition and base resolution fit this model and one another."""
@@ -211,6 +116,22 @@ class PatchDenoiser(nn.Module):
                 f"times and condition have shapes {tuple(t.shape)} and {tuple(condition.shape)}; "
                 f"both need one entry for each of the {len(x)} images"
             )
+
+    def about(self) -> dict[str, Any]:
+        """What `text.build_network` makes an equal network from, as JSON."""
+        return {"config": dataclasses.asdict(self.config)}
+
+    def as_condition(self, condition: Any) -> Tensor:
+        """A condition [B, …] of this network's kind, labels or text features, checked. Raises InputError."""
+        raise NotImplementedError
+
+    def unconditional(self, condition: Tensor) -> Tensor | None:
+        """What stands for "no condition" beside the one of B images, [B, …]; None where the network cannot tell."""
+        return None
+
+    def example_condition(self, images: int = 1, device: torch.device | None = None) -> Tensor:
+        """Some condition for B images [B, …], by default on the network's device: where only the shape matters."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in dataclasses.asdict(self.config).items())
@@ -229,7 +150,14 @@ class PixNerd(PatchDenoiser):
         self.label_embed = nn.Embedding(num_classes + 1, width)  # the last row is "no label"
         nn.init.normal_(self.label_embed.weight, std=0.02)
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor, base_resolution: tuple[int, int] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor,
+        base_resolution: tuple[int, int] | None = None,
+        tap: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The velocity at x_t, whatever `config.prediction` is.
 
         Args:
@@ -237,9 +165,10 @@ class PixNerd(PatchDenoiser):
             t: times [B] in [0, 1]; 0 is noise, 1 is data.
             labels: classes [B], 0 … num_classes; num_classes itself means "no label".
             base_resolution: (h, w) that the transformer sees while the head decodes H × W; by default the same.
+            tap: a block, 1 … blocks, whose tokens are returned as well; by default none.
 
         Returns:
-            velocity [B, C, H, W], an estimate of image − noise.
+            velocity [B, C, H, W], an estimate of image − noise; with `tap`, (velocity, tokens [B, N, D]).
 
         Raises:
             InputError: sizes that do not fit, wrong channels, a label out of range.
@@ -251,7 +180,24 @@ class PixNerd(PatchDenoiser):
             check_labels(labels, self.num_classes)
         time = self.time_embed(t)  # [B, D]
         c = F.silu(time + self.label_embed(labels))  # [B, D]
-        return self.denoise(x, t, time, c, base_resolution)
+        return self.denoise(x, t, time, c, base_resolution, tap=tap)
+
+    def about(self) -> dict[str, Any]:
+        return super().about() | {"num_classes": self.num_classes}
+
+    def as_condition(self, condition: Any) -> Tensor:
+        """Labels [B], 0 … num_classes."""
+        labels = torch.as_tensor(condition, dtype=torch.long)
+        if labels.ndim != 1 or len(labels) == 0:
+            raise InputError(f"labels have shape {tuple(labels.shape)}; a list of at least one class is needed")
+        check_labels(labels, self.num_classes)
+        return labels
+
+    def unconditional(self, condition: Tensor) -> Tensor:
+        return torch.full_like(condition, self.num_classes)
+
+    def example_condition(self, images: int = 1, device: torch.device | None = None) -> Tensor:
+        return torch.zeros(images, dtype=torch.long, device=device or self.patch_embed.weight.device)
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:

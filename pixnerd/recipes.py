@@ -1,12 +1,12 @@
 """Named training recipes: the published one, and ones for a laptop or a single GPU on small data."""
 
 import dataclasses
+import os
+import shutil
 
+from .config import SamplingConfig, TrainConfig
 from .errors import InputError
-from .model import SIZES
-from .sampling import SamplingConfig
-from .text import TEXT_SIZES
-from .training import TrainConfig, cpu_can_compile, cpu_has_bfloat16, default_device
+from .model_config import SIZES
 
 
 class Recipes(dict[str, TrainConfig]):
@@ -21,7 +21,7 @@ class Recipes(dict[str, TrainConfig]):
 TEXT_256 = TrainConfig(
     out="runs/text-256",
     data="shards:data/captioned",
-    model=dataclasses.replace(TEXT_SIZES["XXL/16"], image_size=256),
+    model=dataclasses.replace(SIZES["XXL/16"], image_size=256),
     steps=200_000,
     batch_size=1536,
     learning_rate=2e-4,
@@ -35,7 +35,7 @@ TEXT_256 = TrainConfig(
 TEXT_512 = dataclasses.replace(
     TEXT_256,
     out="runs/text-512",
-    model=TEXT_SIZES["XXL/16"],
+    model=SIZES["XXL/16"],
     start_from=TEXT_256.out,
     steps=80_000,
     batch_size=512,
@@ -58,7 +58,7 @@ TEXT_TUNE = dataclasses.replace(
 # Captions of emoji read by MiniLM, from the wheels and npm alone.
 EMOJI_TEXT = TrainConfig(
     data="emoji",
-    model=dataclasses.replace(TEXT_SIZES["text-micro/8"], prediction="x"),
+    model=dataclasses.replace(SIZES["text-micro/8"], prediction="x"),
     text_encoder="minilm",
     steps=4000,
     batch_size=64,
@@ -80,7 +80,7 @@ RECIPES = Recipes(
         "text-256": TEXT_256,
         "text-512": TEXT_512,
         "text-tune": TEXT_TUNE,
-        # about four minutes on two CPU cores, compiling included; README has the table of what was tried
+        # about four minutes on two CPU cores, compiling included; notebooks/measured_models.md has what was tried
         "digits-cpu": TrainConfig(
             data="digits",
             model=dataclasses.replace(SIZES["micro/8"], channels=1, prediction="x"),
@@ -132,8 +132,23 @@ RECIPES = Recipes(
 )
 
 
+def cpu_can_compile() -> bool:
+    """Whether torch.compile has the C++ compiler that it needs on a CPU."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware; in software they are slower than float32."""
+    import torch  # the recipes themselves do without
+
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def quickstart() -> TrainConfig:
     """The digits recipe for this machine: the GPU's, or the CPU's, compiled and in bfloat16 where the CPU can."""
+    from .distributed import default_device
+
     if default_device().type == "cuda":
         return RECIPES["digits-gpu"]
     return dataclasses.replace(

@@ -8,46 +8,17 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .config import SamplingConfig
 from .errors import InputError
-from .model import PixNerd, check_labels, check_resolution
+from .model import PatchDenoiser
+from .model_config import check_resolution
 from .randomness import Purpose, generator
 from .solvers import SOLVERS, time_grid
-from .text import TextPixNerd, check_text
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How to sample; the defaults are the published ones for class-conditional images (arXiv 2507.23268).
-
-    Raises InputError when a value is outside its range.
-    """
-
-    steps: int = 100
-    """solver steps"""
-    solver: str = "euler"
-    """one of pixnerd.solvers.SOLVERS"""
-    guidance: float = 3.5
-    """w of v_u + w·(v_c − v_u); 1 is no guidance"""
-    interval: tuple[float, float] | None = (0.1, 1.0)
-    """guide only the steps that start strictly inside; None guides every step"""
-    shift: float = 1.0
-    """moves the time grid, see solvers.time_grid"""
-
-    def __post_init__(self):
-        time_grid(self.steps, self.shift)
-        if self.solver not in SOLVERS:
-            raise InputError(f"solver {self.solver!r} is unknown; known solvers: {', '.join(SOLVERS)}")
-        if self.interval is not None and not 0 <= self.interval[0] < self.interval[1] <= 1:
-            low, high = self.interval
-            raise InputError(f"guidance interval ({low}, {high}) is not a range; it needs 0 ≤ low < high ≤ 1")
-
-    def guides(self, t: float) -> bool:
-        """Whether a step that starts at t is guided."""
-        return self.guidance != 1 and (self.interval is None or self.interval[0] < t < self.interval[1])
 
 
 @dataclass(frozen=True)
@@ -67,16 +38,17 @@ class State:
 def sample_noise(shape: tuple[int, int, int], indices: Sequence[int], seed: int = 0, step: int = 0) -> Tensor:
     """Noise [len(indices), C, H, W]: image i gets that of (seed, i, step) whatever else is in the batch.
 
-    Step 0 is where sampling starts; the stochastic solver draws again at its steps 1, 2, ….
+    Step 0 is where sampling starts; the stochastic solver asks for more at its steps 1, 2, ….
     """
-    cpu = torch.device("cpu")  # drawn there on every machine, so a seed means the same image with or without a GPU
+    cpu = torch.device("cpu")  # made there on every machine, so a seed means the same image with or without a GPU
     keyed = (generator(cpu, seed, Purpose.SAMPLE_NOISE, index, step) for index in indices)
     return torch.stack([torch.randn(shape, generator=g) for g in keyed])
 
 
 def trajectory(
-    model: PixNerd | TextPixNerd,
+    model: PatchDenoiser,
     labels: Tensor | Sequence[int],
+    config: SamplingConfig | None = None,
     *,
     unconditional: Tensor | None = None,
     noise: Tensor | None = None,
@@ -84,13 +56,9 @@ def trajectory(
     base_resolution: tuple[int, int] | None = None,
     seed: int = 0,
     indices: Sequence[int] | None = None,
-    steps: int = 100,
-    solver: str = "euler",
-    guidance: float = 3.5,
-    interval: tuple[float, float] | None = (0.1, 1.0),
-    shift: float = 1.0,
+    **options: Any,
 ) -> Iterator[State]:
-    """Sample step by step; one State for each of the `steps`.
+    """Sample step by step; one State for each step.
 
     Guidance is v_u + w·(v_c − v_u) (Ho & Salimans 2207.12598) while the step's start lies strictly inside `interval`
     (Kynkäänniemi et al. 2404.07724); outside it the unconditional half is not computed.
@@ -98,19 +66,21 @@ def trajectory(
     Args:
         model: velocity network; its device and dtype are used, and the caller's autocast.
         labels: [B] classes, 0 … num_classes (num_classes is "no label"); for a text model, text features [B, L, F].
+        config: how to sample; by default as published.
         unconditional: for a text model with guidance, the features [L, F] of the empty caption.
         noise: the start [B, C, H, W]; by default `sample_noise` of the indices.
         size: (H, W) of that default; by default the size the model was trained at.
         base_resolution: (h, w) that the transformer sees, while the head decodes H × W; by default the same.
         seed: of all noise.
         indices: the numbers of these images, which with the seed decide their noise; by default 0 … B−1.
-        steps, solver, guidance, interval, shift: see SamplingConfig.
+        options: fields of SamplingConfig that replace those of `config`: steps, solver, guidance, interval, shift.
 
     Raises:
         InputError: at the call, before any computation.
     """
-    config = SamplingConfig(steps, solver, guidance, interval, shift)
-    condition, unconditional = _conditions(model, labels, unconditional, config)
+    config = dataclasses.replace(config or SamplingConfig(), **options)
+    condition = model.as_condition(labels)
+    unconditional = _unconditional(model, condition, unconditional, config)
     indices = range(len(condition)) if indices is None else indices
     if noise is not None and size is not None and tuple(noise.shape[2:]) != tuple(size):
         raise InputError(f"size {size} and noise of {tuple(noise.shape[2:])} pixels disagree; give one of them")
@@ -136,46 +106,33 @@ def trajectory(
         conditional_v, unconditional_v = both.chunk(2)
         return unconditional_v + config.guidance * (conditional_v - unconditional_v)
 
-    def draw(step: int) -> Tensor:
+    def more_noise(step: int) -> Tensor:
         return sample_noise(tuple(start.shape[1:]), indices, seed, step).to(start)
 
-    return _follow(predict, draw, start, config)
+    return _follow(predict, more_noise, start, config)
 
 
-def _conditions(
-    model: PixNerd | TextPixNerd,
-    labels: Tensor | Sequence[int],
-    unconditional: Tensor | None,
-    config: SamplingConfig,
-) -> tuple[Tensor, Tensor]:
-    """Checked conditions, and as many unconditional ones: classes [B], or text features [B, L, F]."""
-    if isinstance(model, TextPixNerd):
-        text = torch.as_tensor(labels)
-        check_text(model.config, text)
-        if unconditional is None:
-            if config.guidance != 1:
-                raise InputError(
-                    f"guidance {config.guidance} from text needs `unconditional`, the features of the empty caption"
-                )
-            unconditional = text[0]
-        check_text(model.config, unconditional[None])
-        return text, unconditional.to(text).expand_as(text)
-    labels = torch.as_tensor(labels, dtype=torch.long)
-    if labels.ndim != 1 or len(labels) == 0:
-        raise InputError(f"labels have shape {tuple(labels.shape)}; a list of at least one class is needed")
-    check_labels(labels, model.num_classes)
-    return labels, torch.full_like(labels, model.num_classes)
+def _unconditional(model: PatchDenoiser, condition: Tensor, given: Tensor | None, config: SamplingConfig) -> Tensor:
+    """The unconditional counterpart of a condition [B, …], of the same shape; the condition itself without guidance."""
+    if given is not None:
+        return model.as_condition(given[None]).to(condition).expand_as(condition)
+    found = condition if config.guidance == 1 else model.unconditional(condition)
+    if found is None:
+        raise InputError(
+            f"guidance {config.guidance} from text needs `unconditional`, the features of the empty caption"
+        )
+    return found
 
 
 @torch.no_grad()
 def _follow(
     predict: Callable[[Tensor, float, bool], Tensor],
-    draw: Callable[[int], Tensor],
+    more_noise: Callable[[int], Tensor],
     start: Tensor,
     config: SamplingConfig,
 ) -> Iterator[State]:
     image = start  # the clean image last estimated
-    draws = count(1)
+    numbers = count(1)
 
     def velocity(x: Tensor, t: float, step_start: float) -> Tensor:
         nonlocal image
@@ -184,13 +141,13 @@ def _follow(
         return v
 
     times = time_grid(config.steps, config.shift)
-    states = SOLVERS[config.solver](velocity, start, times, lambda: draw(next(draws)))
+    states = SOLVERS[config.solver](velocity, start, times, lambda: more_noise(next(numbers)))
     for step, x in enumerate(states, start=1):
         yield State(step, times[step], x, image)
 
 
 def network_passes(config: SamplingConfig) -> int:
-    """How many images the network sees for each that is drawn; a guided evaluation is two, with and without label."""
+    """How many images the network sees for each sample; a guided evaluation is two, with and without the condition."""
     passes = 0
 
     def predict(x: Tensor, t: float, guided: bool) -> Tensor:
@@ -203,13 +160,15 @@ def network_passes(config: SamplingConfig) -> int:
     return passes
 
 
-def sample(model: PixNerd | TextPixNerd, labels: Tensor | Sequence[int], **options) -> Tensor:
-    """The images [B, C, H, W], about [−1, 1], at the end of `trajectory(model, labels, **options)`."""
-    return deque(trajectory(model, labels, **options), maxlen=1).pop().x
+def sample(
+    model: PatchDenoiser, labels: Tensor | Sequence[int], config: SamplingConfig | None = None, **options: Any
+) -> Tensor:
+    """The images [B, C, H, W], about [−1, 1], at the end of `trajectory(model, labels, config, **options)`."""
+    return deque(trajectory(model, labels, config, **options), maxlen=1).pop().x
 
 
 def sample_batches(
-    model: PixNerd | TextPixNerd,
+    model: PatchDenoiser,
     labels: Tensor,
     config: SamplingConfig,
     *,
@@ -225,9 +184,9 @@ def sample_batches(
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it has to be at least 1")
-    _conditions(model, labels, unconditional, config)
+    condition = model.as_condition(labels)
+    _unconditional(model, condition, unconditional, config)
     check_resolution(model.config, size or (model.config.image_size,) * 2, base_resolution)
-    where = {"size": size, "base_resolution": base_resolution}
-    settings = {**dataclasses.asdict(config), **where, "unconditional": unconditional, "seed": seed}
-    batches = torch.arange(len(labels)).split(batch_size)
-    return (sample(model, labels[batch], indices=batch.tolist(), **settings) for batch in batches)
+    options = {"unconditional": unconditional, "size": size, "base_resolution": base_resolution, "seed": seed}
+    batches = torch.arange(len(condition)).split(batch_size)
+    return (sample(model, condition[batch], config, indices=batch.tolist(), **options) for batch in batches)

@@ -5,21 +5,24 @@ t_1 … t_n. `start` is where the step began, which decides about guidance; it d
 No solver asks for the velocity at t_n. Source: arXiv 2507.23268, section 5, and the released code.
 """
 
+from __future__ import annotations
+
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .errors import InputError
-from .flow import shift_time
 
-Velocity = Callable[[Tensor, float, float], Tensor]  # (x [B, ...], t, start of the step) → velocity [B, ...]
-Draw = Callable[[], Tensor]  # fresh standard normal noise like x; only the stochastic solver asks for it
-Solver = Callable[[Velocity, Tensor, list[float], Draw], Iterator[Tensor]]
+if TYPE_CHECKING:  # nothing here needs torch to run: the names of the solvers are to be had without it
+    from torch import Tensor
+
+    Velocity = Callable[[Tensor, float, float], Tensor]  # (x [B, ...], t, start of the step) → velocity [B, ...]
+    Noise = Callable[[], Tensor]  # fresh standard normal noise like x; only the stochastic solver asks for it
+    Solver = Callable[[Velocity, Tensor, list[float], Noise], Iterator[Tensor]]
 
 
 def time_grid(steps: int, shift: float = 1.0) -> list[float]:
@@ -31,17 +34,18 @@ def time_grid(steps: int, shift: float = 1.0) -> list[float]:
         raise InputError(f"steps is {steps}; sampling needs at least 1")
     if shift <= 0:
         raise InputError(f"shift is {shift}; it has to be greater than 0")
-    return shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
+    even = (i / steps for i in range(steps + 1))
+    return [t / (t + (1 - t) * shift) for t in even]
 
 
-def euler(velocity: Velocity, x: Tensor, times: list[float], draw: Draw) -> Iterator[Tensor]:
+def euler(velocity: Velocity, x: Tensor, times: list[float], noise: Noise) -> Iterator[Tensor]:
     """x ← x + (t_{i+1} − t_i)·v(x, t_i): one evaluation a step, order 1."""
     for t, t_next in pairwise(times):
         x = x + (t_next - t) * velocity(x, t, t)
         yield x
 
 
-def heun(velocity: Velocity, x: Tensor, times: list[float], draw: Draw) -> Iterator[Tensor]:
+def heun(velocity: Velocity, x: Tensor, times: list[float], noise: Noise) -> Iterator[Tensor]:
     """The mean of the velocities here and at Euler's guess of the next point: two evaluations a step, order 2.
 
     The last step is Euler's, because its second look would be at t = 1.
@@ -54,7 +58,7 @@ def heun(velocity: Velocity, x: Tensor, times: list[float], draw: Draw) -> Itera
         yield x
 
 
-def heun_reuse(velocity: Velocity, x: Tensor, times: list[float], draw: Draw) -> Iterator[Tensor]:
+def heun_reuse(velocity: Velocity, x: Tensor, times: list[float], noise: Noise) -> Iterator[Tensor]:
     """Heun with one evaluation a step, still order 2: what was seen at the guess is the next step's first look.
 
     On an even grid its guesses are Adams–Bashforth 2's points, and since the last step is Euler's from there, both end
@@ -82,7 +86,7 @@ def adams_weights(times: list[float], t_next: float) -> list[float]:
     return np.linalg.solve(places[None, :] ** powers[:, None], 1 / (powers + 1)).tolist()
 
 
-def adams(velocity: Velocity, x: Tensor, times: list[float], draw: Draw, *, order: int) -> Iterator[Tensor]:
+def adams(velocity: Velocity, x: Tensor, times: list[float], noise: Noise, *, order: int) -> Iterator[Tensor]:
     """Adams–Bashforth: x ← x + dt·Σ w_i v_i over the last `order` velocities; one evaluation a step.
 
     The first steps have fewer velocities behind them and a lower order.
@@ -96,7 +100,7 @@ def adams(velocity: Velocity, x: Tensor, times: list[float], draw: Draw, *, orde
         yield x
 
 
-def sde(velocity: Velocity, x: Tensor, times: list[float], draw: Draw) -> Iterator[Tensor]:
+def sde(velocity: Velocity, x: Tensor, times: list[float], noise: Noise) -> Iterator[Tensor]:
     """Euler–Maruyama: noise is put in and the score takes it out again, which forgives earlier mistakes; order 1.
 
     score = (t·v − x)/(1 − t) and x ← x + v·dt + ½·w·score·dt + √(w·dt)·noise with w = 1 − t. The distribution of x at
@@ -107,7 +111,7 @@ def sde(velocity: Velocity, x: Tensor, times: list[float], draw: Draw) -> Iterat
         v = velocity(x, t, t)
         if t_next < times[-1]:
             score = (t * v - x) / (1 - t)
-            x = x + v * dt + 0.5 * w * score * dt + (w * dt) ** 0.5 * draw()
+            x = x + v * dt + 0.5 * w * score * dt + (w * dt) ** 0.5 * noise()
         else:
             x = x + v * dt
         yield x

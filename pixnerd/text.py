@@ -4,61 +4,17 @@ Source: arXiv 2507.23268 and the released text-to-image code. Dimension letters:
 D width, F features of the text encoder.
 """
 
-from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import InputError
-from .fields import Encoding, WeightNorm
 from .layers import Attention, DiTBlock, JointAttention, RMSNorm
-from .model import SIZES, ModelConfig, PatchDenoiser, Recompute, Sizes
-
-
-@dataclass(frozen=True)
-class TextModelConfig(ModelConfig):
-    """A text-conditional network; the defaults are the published XXL/16 at 512 pixels."""
-
-    width: int = 1536
-    heads: int = 24
-    blocks: int = 16
-    image_size: int = 512
-    encoding: Encoding = "sincos"
-    weight_norm: WeightNorm = "fc1"
-    output_norm: bool = False
-    text_blocks: int = 4
-    """blocks that refine the text before the image's blocks look at it"""
-    text_features: int = 2048
-    """F, features of a token from the text encoder (Qwen3-1.7B: 2048)"""
-    text_length: int = 128
-    """L, tokens of a caption, padding included"""
-
-
-LAPTOP = TextModelConfig(
-    width=192,
-    heads=6,
-    blocks=5,
-    patch_size=8,
-    image_size=32,
-    field_width=16,
-    field_blocks=1,
-    text_blocks=1,
-    text_features=384,
-    text_length=16,
-)
-TEXT_SIZES = Sizes(
-    {
-        # for laptops: 32-pixel images, captions read by a small encoder with 384 features
-        "text-nano/8": replace(LAPTOP, width=64, heads=2, blocks=2),
-        "text-micro/8": LAPTOP,
-        # published: 1,171.5 M parameters beside the frozen Qwen3-1.7B
-        "XXL/16": TextModelConfig(),
-    }
-)
-
-
-ALL_SIZES = Sizes({**SIZES, **TEXT_SIZES})
+from .model import PatchDenoiser, PixNerd
+from .model_config import TEXT_SIZES as TEXT_SIZES
+from .model_config import ModelConfig, Recompute, TextModelConfig
 
 
 class TextPixNerd(PatchDenoiser):
@@ -81,7 +37,14 @@ class TextPixNerd(PatchDenoiser):
         """Rows end at the number of columns and columns at that of rows, as released; square grids do not differ."""
         return columns, rows
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, base_resolution: tuple[int, int] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: Tensor,
+        base_resolution: tuple[int, int] | None = None,
+        tap: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The velocity at x_t, whatever `config.prediction` is.
 
         Args:
@@ -89,9 +52,10 @@ class TextPixNerd(PatchDenoiser):
             t: times [B] in [0, 1]; 0 is noise, 1 is data.
             text: the encoder's features [B, L, F], padding included and attended to; those of "" mean "no text".
             base_resolution: (h, w) that the transformer sees while the head decodes H × W; by default the same.
+            tap: a block, 1 … blocks, whose tokens are returned as well; by default none.
 
         Returns:
-            velocity [B, C, H, W], an estimate of image − noise.
+            velocity [B, C, H, W], an estimate of image − noise; with `tap`, (velocity, tokens [B, N, D]).
 
         Raises:
             InputError: sizes that do not fit, wrong channels, text of another length or another encoder.
@@ -103,7 +67,18 @@ class TextPixNerd(PatchDenoiser):
         text = self.text_norm(self.text_embed(text)) + self.text_positions  # [B, L, D]
         for block in self.text_blocks:
             text = block(text, c)
-        return self.denoise(x, t, time, c, base_resolution, text)
+        return self.denoise(x, t, time, c, base_resolution, text, tap)
+
+    def as_condition(self, condition: Any) -> Tensor:
+        """Text features [B, L, F]."""
+        text = torch.as_tensor(condition)
+        check_text(self.config, text)
+        return text
+
+    def example_condition(self, images: int = 1, device: torch.device | None = None) -> Tensor:
+        """Zeros."""
+        device = device or self.patch_embed.weight.device
+        return torch.zeros(images, self.config.text_length, self.config.text_features, device=device)
 
 
 def check_text(config: TextModelConfig, text: Tensor) -> None:
@@ -114,3 +89,13 @@ def check_text(config: TextModelConfig, text: Tensor) -> None:
             f"text features have shape {tuple(text.shape)}; this model reads [B, {expected[0]}, {expected[1]}]: "
             f"{expected[0]} tokens of an encoder with {expected[1]} features"
         )
+
+
+def build_network(config: ModelConfig, num_classes: int | None, recompute: Recompute = "head") -> PatchDenoiser:
+    """A network with fresh weights, of the family that its configuration belongs to.
+
+    num_classes is the class-conditional one's; a text-conditional network has no classes.
+    """
+    if isinstance(config, TextModelConfig):
+        return TextPixNerd(config, recompute)
+    return PixNerd(config, num_classes, recompute)

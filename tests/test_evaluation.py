@@ -13,14 +13,15 @@ from torchvision.transforms.functional import gaussian_blur
 from pixnerd import InputError, data, load, sample
 from pixnerd.cli import main
 from pixnerd.distributed import World
-from pixnerd.metrics import evaluation
-from pixnerd.metrics.evaluation import collect, compare, own_batches
+from pixnerd.frozen.efficientnet import EfficientNet
+from pixnerd.frozen.inception import Inception
+from pixnerd.metrics import features
+from pixnerd.metrics.features import collect, compare, own_batches
 from pixnerd.metrics.images import open_images
-from pixnerd.metrics.networks import load_network
 from pixnerd.runs import Run
 from pixnerd.training import train
 
-from .test_training import CPU, config_for
+from .training.test_training import CPU, config_for
 
 ALONE = World(0, 1, CPU)
 
@@ -116,11 +117,11 @@ def test_moments_of_a_reference_file_are_used(tmp_path):
     mean, covariance = np.full(6, 3.0), np.eye(6)
     mean_s, covariance_s = np.full(3, 2.0), 2 * np.eye(3)
     path = str(write_npz(tmp_path / "r.npz", images, mu=mean, sigma=covariance, mu_s=mean_s, sigma_s=covariance_s))
-    found = evaluation.reference_features(Corners(), "inception", path, 8, 5, ALONE)
+    found = features.reference_features(Corners(), "inception", path, 8, 5, ALONE)
     assert found.gaussians["pool"][0].tolist() == mean.tolist()
     assert found.gaussians["spatial"][1].tolist() == covariance_s.tolist()
     assert torch.equal(found.rows["pool"], Corners()(images)["pool"])
-    own = evaluation.reference_features(Corners(), "dinov2", path, 8, 5, ALONE)  # the file's are Inception's
+    own = features.reference_features(Corners(), "dinov2", path, 8, 5, ALONE)  # the file's are Inception's
     assert own.gaussians["pool"][0].tolist() != mean.tolist()
 
 
@@ -128,7 +129,7 @@ def test_a_set_against_itself_and_too_few_images():
     images = pictures(40)
     found = collect(Corners(), [(0, images)], 40, ALONE)
     with pytest.warns(UserWarning, match="40 images are fewer than 2049"):
-        scores = compare(found, found, "inception")
+        scores = compare(found, found, Inception.measure)
     assert list(scores) == ["FID", "sFID", "IS", "KID", "precision", "recall"]
     assert scores["FID"] == pytest.approx(0, abs=1e-6)
     assert scores["sFID"] == pytest.approx(0, abs=1e-6)
@@ -139,13 +140,13 @@ def test_a_set_against_itself_and_too_few_images():
 @pytest.mark.filterwarnings("ignore:.* images are fewer")
 def test_efficientnet_distances_grow_with_noise_and_blur():
     pytest.importorskip("efficientnet_lite_pytorch")
-    network = load_network("efficientnet", None, CPU)
+    network = EfficientNet()
     real, held_out = data.load("digits", 32).batch(range(0, 5000, 40))[0].expand(-1, 3, -1, -1).chunk(2)
-    reference = collect(network, [(0, real)], len(real), ALONE)
+    reference = collect(network.pooled, [(0, real)], len(real), ALONE)
 
     def measured(images):
-        drawn = collect(network, [(0, images)], len(images), ALONE)
-        return compare(reference, drawn, "efficientnet")
+        drawn = collect(network.pooled, [(0, images)], len(images), ALONE)
+        return compare(reference, drawn, network.measure)
 
     noise = torch.randn(held_out.shape, generator=torch.Generator().manual_seed(0))
     noisy = [measured((held_out + level * noise).clamp(0, 255).to(torch.uint8)) for level in (0, 20, 60, 120)]
@@ -193,7 +194,7 @@ def test_what_is_drawn_is_measured_once_and_can_be_kept(run, reference, tmp_path
     assert row["settings"]["images"] == 9
     assert set(row["scores"]) == {"FD-EffLite0", "KID-EffLite0", "precision", "recall"}
 
-    monkeypatch.setattr("pixnerd.cli.load_network", None)  # the same again needs no network
+    monkeypatch.setattr("pixnerd.frozen.load", None)  # the same again needs no network
     capsys.readouterr()
     evaluate(*command)
     assert f"KID-EffLite0 {row['scores']['KID-EffLite0']:.4g}" in capsys.readouterr().out
@@ -202,9 +203,9 @@ def test_what_is_drawn_is_measured_once_and_can_be_kept(run, reference, tmp_path
 
 def test_features_of_the_reference_are_computed_once(run, reference, tmp_path, monkeypatch):
     network = Corners()
-    found = evaluation.reference_features(network, "inception", reference, 32, 7, ALONE, tmp_path)
-    monkeypatch.setattr(evaluation, "collect", None)  # a second time there is nothing to collect
-    again = evaluation.reference_features(network, "inception", reference, 32, 5, ALONE, tmp_path)
+    found = features.reference_features(network, "inception", reference, 32, 7, ALONE, tmp_path)
+    monkeypatch.setattr(features, "collect", None)  # a second time there is nothing to collect
+    again = features.reference_features(network, "inception", reference, 32, 5, ALONE, tmp_path)
     assert again.count == found.count == 40
     assert again.rows.keys() == found.rows.keys()
     assert all(torch.equal(again.rows[name], found.rows[name]) for name in found.rows)
@@ -212,11 +213,11 @@ def test_features_of_the_reference_are_computed_once(run, reference, tmp_path, m
         assert torch.equal(again.gaussians[name][0], mean)
         assert torch.equal(again.gaussians[name][1], covariance)
     with pytest.raises(TypeError, match="NoneType"):  # other images, and a file that was cut off, are computed
-        evaluation.reference_features(network, "inception", "synthetic", 32, 5, ALONE, tmp_path)
+        features.reference_features(network, "inception", "synthetic", 32, 5, ALONE, tmp_path)
     kept = tmp_path / "reference-inception.safetensors"
     kept.write_bytes(kept.read_bytes()[:-100])
     with pytest.raises(TypeError, match="NoneType"):
-        evaluation.reference_features(network, "inception", reference, 32, 5, ALONE, tmp_path)
+        features.reference_features(network, "inception", reference, 32, 5, ALONE, tmp_path)
 
 
 def test_two_processes_find_what_one_finds(run, reference):

@@ -1,7 +1,10 @@
 """The files around the package agree with one another."""
 
 import ast
+import graphlib
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -41,59 +44,103 @@ def test_ci_runs_the_readmes_test_command():
     assert re.search(r"^make test$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
 
 
-# network ← flow, solvers ← sampling ← training ← command line: a module may import what stands before it
-LAYERS = [
-    {"errors", "randomness", "layers"},
-    {"distributed"},
-    {"fields"},
-    {
-        "model",
-        "data",
-        "data.captions",
-        "data.dataset",
-        "data.digits",
-        "data.emoji",
-        "data.folder",
-        "data.imagenet",
-        "data.prepared",
-        "data.shapes",
-        "data.synthetic",
-    },
-    {
-        "text",
-        "encoders",
-        "flow",
-        "metrics",
-        "metrics.efficientnet",
-        "metrics.nearest",
-        "metrics.scenes",
-        "metrics.statistics",
-        "plots",
-    },
-    {"checkpoints", "losses"},
-    {"metrics.benchmarks", "metrics.evaluation", "metrics.images", "metrics.inception", "metrics.networks"},
-    {"alignment", "solvers", "runs", "throughput"},
-    {"sampling"},
-    {"training"},
-    {"recipes"},
-    {"cli", "launch", "explore", "explore.demo", "explore.explorer", "explore.lessons", "explore.parameters"},
-    {"__main__"},
-]
-LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+# --- imports point one way -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "pixnerd").rglob("*.py")), ids=lambda path: path.stem)
-def test_imports_point_one_way(path):
-    module = ".".join(path.relative_to(ROOT / "pixnerd").with_suffix("").parts).removesuffix(".__init__")
-    if module == "__init__":
-        return
-    package = module.split(".")[:-1] if path.stem != "__init__" else module.split(".")
-    for node in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(node, ast.ImportFrom) or node.level == 0:
-            continue
-        base = [*package, ""][: len(package) + 1 - node.level]
-        stem = ".".join([part for part in base if part] + ([node.module] if node.module else []))
-        targets = [stem] if node.module else [alias.name for alias in node.names]
-        for target in targets:
-            same_package = target.split(".")[0] == module.split(".")[0]
-            assert same_package or LEVEL[target] < LEVEL[module], f"{module} imports {target}"
+def floors():
+    """README's drawing: the top-level modules and folders of the package → the number of their floor, 0 on top."""
+    section = (ROOT / "README.md").read_text().split("## The floors")[1]
+    drawing = re.search(r"```\n(.+?)```", section, re.DOTALL)[1]
+    lines = [re.sub(r"^\w+(?=  )", "", line).split() for line in drawing.splitlines()]
+    return {name.rstrip("/"): number for number, names in enumerate(lines) for name in names}
+
+
+def modules():
+    """Every module of the package, by its dotted name."""
+    paths = sorted((ROOT / "pixnerd").rglob("*.py"))
+    names = [".".join(path.relative_to(ROOT / "pixnerd").with_suffix("").parts) for path in paths]
+    return {name.removesuffix("__init__").rstrip("."): path for name, path in zip(names, paths, strict=True)}
+
+
+def imports(module, path, known):
+    """The modules of the package that a module imports, wherever in the file that stands, but for type checking."""
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    package = [part for part in package if part]
+    found, tree = set(), ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) + 1 - node.level] + (node.module.split(".") if node.module else [])
+            for alias in node.names:
+                inner = ".".join([*base, alias.name])
+                found.add(inner if inner in known else ".".join(base))
+    return found - {module}
+
+
+MODULES = modules()
+IMPORTS = {module: imports(module, path, MODULES) for module, path in MODULES.items()}
+
+
+def test_the_drawing_has_every_module_once_and_no_other():
+    assert floors().keys() == {name.split(".")[0] for name in MODULES} - {""}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name])
+def test_a_module_imports_only_from_lower_floors_and_its_own_folder(module):
+    level, own = floors(), module.split(".")[0]
+    for target in IMPORTS[module]:
+        other = target.split(".")[0]
+        assert other == own or level[other] > level[own], f"{module} imports {target}"
+
+
+def test_no_module_imports_itself_through_others():
+    graphlib.TopologicalSorter(IMPORTS).prepare()  # raises CycleError with the circle
+
+
+def test_a_wrong_import_is_noticed(tmp_path):
+    """The reader of imports sees every form: relative, of a module or a name, inside a function."""
+    path = tmp_path / "loop.py"
+    path.write_text("from .. import cli\nfrom ..data.folder import SUFFIXES\ndef f():\n    from ..runs import Run\n")
+    assert imports("training.loop", path, MODULES) == {"cli", "data.folder", "runs"}
+
+
+# --- doors open quickly ----------------------------------------------------------------------------------------------
+
+
+def loaded(*command):
+    """The modules that a fresh Python has imported after a command, by their first name."""
+    code = "import atexit, sys; atexit.register(lambda: print('LOADED', *sorted(sys.modules)))\n" + "\n".join(command)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return set(done.stdout.rsplit("LOADED ", 1)[1].split())
+
+
+HEAVY = {"torchvision", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.tensor", "tensorboard"}
+HEAVY |= {"matplotlib", "transformers", "scipy", "sklearn", "tqdm.notebook"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        *([command, "--help"] for command in ("train", "sample", "evaluate", "convert", "data", "prepare")),
+        ["train", "--stepz", "3"],
+        ["train", "--steps", "0"],
+        ["train", "--recipe", "magic"],
+        ["sample", "/nowhere", "--steps", "0"],
+    ],
+    ids=" ".join,
+)
+def test_help_and_a_refused_flag_do_without_torch(arguments):
+    found = loaded("from pixnerd.cli import main", f"main({arguments!r})")
+    assert not {"torch", "torchvision", "matplotlib", "transformers"} & found
+
+
+def test_the_package_alone_imports_nothing_heavy():
+    assert "torch" not in loaded("import pixnerd")
+    public = "import pixnerd; [getattr(pixnerd, name) for name in pixnerd.__all__]"
+    found = loaded(public)
+    assert "torch" in found
+    alone = loaded("import torch, torch.utils.flop_counter, torch.optim.swa_utils")
+    assert not (HEAVY - alone) & found

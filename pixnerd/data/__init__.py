@@ -1,63 +1,68 @@
-"""Data sets by name: `digits`, `emoji`, `synthetic`, `folder:PATH`, `imagenet:PATH`, `prepared:PATH`,
-`captions:PATH`, `shards:PATH`, `shapes`, `shapes:held-out`.
+"""Data sets by name, each in a file of its own: images in [−1, 1] with labels, some with captions.
 
-All give images in [−1, 1] and labels.
+A data set is one file, and one line in DATA_SETS. Nothing but the names is imported before it is asked for.
 """
 
-from ..errors import InputError
-from .captions import CaptionFolder, CaptionShards
-from .dataset import ImageDataset, cache_folder, to_float, to_uint8
-from .digits import Digits
-from .emoji import Emoji, emoji_called
-from .folder import ImageFolder
-from .imagenet import ImageNet
-from .prepared import Prepared, prepare, read_speeds
-from .shapes import Shapes, shapes_called
-from .synthetic import Synthetic
+from __future__ import annotations
 
-__all__ = [
-    "CaptionFolder",
-    "CaptionShards",
-    "Digits",
-    "Emoji",
-    "ImageDataset",
-    "ImageFolder",
-    "ImageNet",
-    "Prepared",
-    "Shapes",
-    "Synthetic",
-    "cache_folder",
-    "load",
-    "prepare",
-    "read_speeds",
-    "to_float",
-    "to_uint8",
-]
+import importlib
+from typing import TYPE_CHECKING, NamedTuple
+
+import lazy_loader
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from .dataset import ImageDataset
+
+
+class Source(NamedTuple):
+    """How a kind of data set is named and opened."""
+
+    forms: tuple[str, ...]
+    """the names it goes by; one with a colon takes what follows as an argument"""
+    opener: str
+    """module and function, called with the argument, where there may be one, and the image size"""
+
+
+DATA_SETS = {
+    "digits": Source(("digits",), "digits.Digits"),
+    "emoji": Source(("emoji", "emoji:WORDS"), "emoji.emoji_called"),
+    "synthetic": Source(("synthetic",), "synthetic.Synthetic"),
+    "folder": Source(("folder:PATH",), "folder.ImageFolder"),
+    "imagenet": Source(("imagenet:PATH",), "imagenet.ImageNet"),
+    "prepared": Source(("prepared:PATH",), "prepared.Prepared"),
+    "captions": Source(("captions:PATH",), "captions.CaptionFolder"),
+    "shards": Source(("shards:PATH",), "captions.CaptionShards"),
+    "shapes": Source(("shapes", "shapes:held-out"), "shapes.shapes_called"),
+}
+NAMES = ", ".join(form for source in DATA_SETS.values() for form in source.forms)
 
 
 def load(name: str, image_size: int) -> ImageDataset:
     """The data set called `name`, with images of image_size × image_size. Raises InputError for an unknown name."""
-    kind, _, path = name.partition(":")
-    match kind, bool(path):
-        case "digits", False:
-            return Digits(image_size)
-        case "emoji", _:
-            return emoji_called(path, image_size)
-        case "synthetic", False:
-            return Synthetic(image_size)
-        case "folder", True:
-            return ImageFolder(path, image_size)
-        case "imagenet", True:
-            return ImageNet(path, image_size)
-        case "prepared", True:
-            return Prepared(path, image_size)
-        case "captions", True:
-            return CaptionFolder(path, image_size)
-        case "shards", True:
-            return CaptionShards(path, image_size)
-        case "shapes", _:
-            return shapes_called(path, image_size)
-    raise InputError(
-        f"data set {name!r} is unknown; known: digits, emoji, emoji:WORDS, synthetic, folder:PATH, "
-        "imagenet:PATH, prepared:PATH, captions:PATH, shards:PATH, shapes, shapes:held-out"
-    )
+    kind, _, argument = name.partition(":")
+    source = DATA_SETS.get(kind)
+    if source is None or not any((":" in form) == bool(argument) for form in source.forms):
+        raise InputError(f"data set {name!r} is unknown; known: {NAMES}")
+    module, _, opener = source.opener.partition(".")
+    open_data_set = getattr(importlib.import_module(f".{module}", __name__), opener)
+    takes_argument = any(":" in form for form in source.forms)
+    return open_data_set(argument, image_size) if takes_argument else open_data_set(image_size)
+
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=["captions", "emoji", "folder", "imagenet", "prepared", "shapes"],
+    submod_attrs={
+        "captions": ["CaptionFolder", "CaptionShards"],
+        "dataset": ["ImageDataset", "cache_folder", "to_float", "to_uint8"],
+        "digits": ["Digits"],
+        "emoji": ["Emoji"],
+        "folder": ["ImageFolder"],
+        "imagenet": ["ImageNet"],
+        "prepared": ["Prepared", "prepare", "read_speeds"],
+        "shapes": ["Shapes"],
+        "synthetic": ["Synthetic"],
+    },
+)

@@ -8,7 +8,6 @@ import io
 import itertools
 import re
 import tarfile
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError
+from ..files import replacing
 from .dataset import ImageDataset, cache_folder
 from .folder import SUFFIXES, check_header, read_pixels
 
@@ -200,10 +200,8 @@ def _index(shard: Path) -> np.ndarray:
                 return file["rows"]
     rows = _scan(shard)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept.parent) as folder:  # several processes may index the same shard
-        partial = Path(folder) / kept.name
+    with replacing(kept) as partial:
         np.savez(partial, stamp=stamp, rows=rows)
-        partial.replace(kept)
     return rows
 
 

@@ -7,7 +7,6 @@ npm, checked by sha256, and kept below data/emoji. Flags, symbols and skin tones
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -25,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError
+from ..files import replacing
 from .dataset import ImageDataset, cache_folder
 from .folder import center_crop
 
@@ -253,9 +253,8 @@ def _draw_all(
     drawn = np.empty((len(pictures), 3, size, size), dtype=np.uint8)
     for i, picture in enumerate(tqdm(pictures, desc=f"drawing {archive.package} at {size} pixels", leave=False)):
         drawn[i] = np.asarray(draw(picture, size)).transpose(2, 0, 1)
-    partial = kept.with_suffix(f".{os.getpid()}.npy")  # several processes may draw the same pictures
-    np.save(partial, drawn)
-    partial.replace(kept)
+    with replacing(kept) as partial:
+        np.save(partial, drawn)
     return drawn
 
 

@@ -1,4 +1,4 @@
-"""A data set cropped once and kept as plain pixels, so that a training neither decodes nor crops.
+"""A data set cropped once and kept as plain pixels, so that training neither decodes nor crops.
 
 The images lie in shards, `00000.npy`, `00001.npy`, …, each uint8 [images, C, S, S] without compression: about twice the
 bytes of PNG for a thirtieth of its time. Beside each lies `00000.json` with its sha256 and what was skipped;
@@ -14,10 +14,9 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +24,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..differences import differences
 from ..errors import InputError
+from ..files import read_json, remove_partial_files, replacing, write_atomically
 from .dataset import ImageDataset
 
 SHARD_IMAGES = 1024  # at most, so that little is lost when a copy is interrupted
@@ -98,11 +99,8 @@ def _read_manifest(root: Path) -> dict[str, Any]:
         if (root / PLAN).is_file():
             raise InputError(f"{root} is not finished: the same `pixnerd prepare` command goes on with it")
         raise InputError(f"{root} holds no {MANIFEST}; 'prepared:PATH' needs a folder that `pixnerd prepare` wrote")
-    try:
-        manifest = json.loads((root / MANIFEST).read_text())
-        needed = {"source", "image_size", "channels", "classes", "labels", "shards"} - manifest.keys()
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{root / MANIFEST} cannot be read: {error}") from error
+    manifest = read_json(root / MANIFEST, "the manifest of a prepared copy")
+    needed = {"source", "image_size", "channels", "classes", "labels", "shards"} - manifest.keys()
     if needed:
         raise InputError(f"{root / MANIFEST} is not one of `pixnerd prepare`: it lacks {', '.join(sorted(needed))}")
     return manifest
@@ -150,9 +148,10 @@ class Shards(Dataset):
         if not kept:
             return InputError(f"none of the images {indices[0]} to {indices[-1]} can be read: {skipped[0][1]}")
         try:
-            _replace(path, lambda file: np.save(file, images[:kept]))
+            with replacing(path) as partial:
+                np.save(partial, images[:kept])
             record = {"file": path.name, "images": kept, "bytes": path.stat().st_size, "sha256": _sha256(path)}
-            _replace_text(path.with_suffix(".json"), json.dumps({**record, "skipped": skipped}) + "\n")
+            write_atomically(path.with_suffix(".json"), json.dumps({**record, "skipped": skipped}) + "\n")
         except OSError as error:
             return InputError(f"{path} cannot be written: {error}")
         return len(indices)
@@ -218,14 +217,15 @@ def _begin(shards: Shards, name: str) -> None:
     if shards.folder.exists() and not shards.folder.is_dir():
         raise InputError(f"{shards.folder} is a file; the output has to be a folder")
     if path.is_file():
-        there = json.loads(path.read_text())
-        differ = [f"{key} {there.get(key)} there, {plan[key]} asked for" for key in plan if there.get(key) != plan[key]]
+        found = differences(read_json(path, "the plan of a prepared copy"), plan)
+        differ = [f"{d.name} {d.old} there, {d.new} asked for" for d in found]
         if differ:
             raise InputError(f"{shards.folder} already holds another copy ({'; '.join(differ)}): choose another folder")
     elif shards.folder.is_dir() and any(shards.folder.iterdir()):
         raise InputError(f"{shards.folder} is not empty and holds no prepared copy: choose another folder")
     shards.folder.mkdir(parents=True, exist_ok=True)
-    _replace_text(path, json.dumps(plan, indent=2) + "\n")
+    remove_partial_files(shards.folder)
+    write_atomically(path, json.dumps(plan, indent=2) + "\n")
 
 
 def _finish(shards: Shards, name: str) -> Copy:
@@ -244,28 +244,14 @@ def _finish(shards: Shards, name: str) -> Copy:
         "classes": source.classes,
         "labels": source.labels[kept].tolist(),
     }
-    _replace_text(folder / SKIPPED, "".join(f"{sentence}\n" for sentence in skipped.values()))
-    _replace_text(folder / MANIFEST, json.dumps(manifest) + "\n")
+    write_atomically(folder / SKIPPED, "".join(f"{sentence}\n" for sentence in skipped.values()))
+    write_atomically(folder / MANIFEST, json.dumps(manifest) + "\n")
     return Copy(Prepared(folder, source.image_size), kept, list(skipped.values()))
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file beside `path`, and rename it once it is whole and on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _replace_text(path: Path, text: str) -> None:
-    _replace(path, lambda file: file.write(text.encode()))
 
 
 # --- measuring -----------------------------------------------------------------------------------------------------

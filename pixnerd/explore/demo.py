@@ -17,16 +17,15 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from ..checkpoints import load
+from ..conditions import Conditions, Subject, model_conditions
+from ..config import SamplingConfig, TrainConfig
 from ..data import to_uint8
-from ..encoders import TextEncoder
+from ..distributed import default_device
 from ..errors import InputError
-from ..model import PixNerd
-from ..runs import Run
-from ..sampling import SamplingConfig, State, trajectory
+from ..model import PatchDenoiser
+from ..runs import Run, load
+from ..sampling import State, trajectory
 from ..solvers import SOLVERS
-from ..text import TextPixNerd
-from ..training import TrainConfig, caption_encoder, default_device
 
 MOST_IMAGES = 16
 MOST_STEPS = 200  # each is a frame that the browser has to keep
@@ -42,7 +41,7 @@ GAP = 2  # pixels between images
 class Request(SamplingConfig):
     """What to draw, and how to sample it. Raises InputError when a value is outside its range."""
 
-    subject: str | int
+    subject: Subject
     """the prompt, for a text model, or the class"""
     size: int
     """pixels along a side of the images, H = W"""
@@ -65,13 +64,13 @@ class Request(SamplingConfig):
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run's folder holds for drawing."""
+    """What sampling needs of a run's folder."""
 
     config: TrainConfig
-    model: PixNerd | TextPixNerd
+    model: PatchDenoiser
     """the newest checkpoint's moving average"""
-    encode: TextEncoder | None
-    """what reads the prompts of a text model"""
+    conditions: Conditions
+    """what the model is told"""
 
 
 def open_run(path: str | Path) -> Trained:
@@ -81,9 +80,9 @@ def open_run(path: str | Path) -> Trained:
         InputError: no run or no checkpoint there, a damaged one, or a text encoder that is missing.
     """
     run = Run(path)
-    config, device = TrainConfig.from_dict(run.config()), default_device()
+    config, device = run.config(), default_device()
     model = load(run.folder, device=device)
-    return Trained(config, model, caption_encoder(config, device) if isinstance(model, TextPixNerd) else None)
+    return Trained(config, model, model_conditions(model, config, device))
 
 
 def states(run: Trained, request: Request) -> Iterator[State]:
@@ -97,16 +96,20 @@ def states(run: Trained, request: Request) -> Iterator[State]:
     trained, size = run.model.config.image_size, request.size
     if size > MOST_ENLARGED * trained:
         raise InputError(f"size is {size}; here it has to be at most {MOST_ENLARGED} · {trained}, the training's")
-    if isinstance(request.subject, str) != (run.encode is not None):
-        needs = "a prompt" if run.encode is not None else "a class"
-        raise InputError(f"subject is {request.subject!r}; this model draws from {needs}")
-    options = {field.name: getattr(request, field.name) for field in dataclasses.fields(SamplingConfig)}
-    options |= {"seed": request.seed, "size": (size, size)}
-    options |= {"base_resolution": (trained, trained) if size > trained else None}
-    if run.encode is None:
-        return trajectory(run.model, [request.subject] * request.count, **options)
-    text, empty = run.encode([request.subject, ""])  # [L, F] each
-    return trajectory(run.model, text.expand(request.count, -1, -1), unconditional=empty, **options)
+    if isinstance(request.subject, str) != (run.conditions.subject == "prompt"):
+        raise InputError(f"subject is {request.subject!r}; this model draws from a {run.conditions.subject}")
+    config = SamplingConfig(
+        **{field.name: getattr(request, field.name) for field in dataclasses.fields(SamplingConfig)}
+    )
+    return trajectory(
+        run.model,
+        run.conditions.encode([request.subject] * request.count),
+        config,
+        unconditional=run.conditions.nothing,
+        seed=request.seed,
+        size=(size, size),
+        base_resolution=(trained, trained) if size > trained else None,
+    )
 
 
 def table(images: Tensor) -> Tensor:
@@ -184,8 +187,8 @@ class Panel(widgets.VBox):
     def __init__(self, run: Trained, name: str):
         self.run = run
         own, side = run.config.sampling, run.model.config.image_size
-        if run.encode is None:
-            self.subject = _control(widgets.Dropdown, "class", 0, options=range(run.model.num_classes))
+        if run.conditions.num_classes is not None:
+            self.subject = _control(widgets.Dropdown, "class", 0, options=range(run.conditions.num_classes))
         else:
             self.subject = _control(widgets.Text, "prompt", "red heart", continuous_update=False)
         self.count = _control(widgets.IntSlider, "images", 4, min=1, max=MOST_IMAGES, continuous_update=False)
@@ -206,7 +209,8 @@ class Panel(widgets.VBox):
         self.images = widgets.Image(format="png", layout={"max_width": "100%"})
         self.animation = widgets.Image(format="webp", layout={"max_width": "100%"})
 
-        kind = f"{run.model.num_classes} classes" if run.encode is None else "text to image"
+        classes = run.conditions.num_classes
+        kind = "text to image" if classes is None else f"{classes} classes"
         title = widgets.HTML(f"<b>{html.escape(name)}</b> · {kind}, trained at {side} × {side} pixels")
         sampling = [self.solver, self.steps, self.shift, self.guidance, self.interval, self.everywhere]
         controls = [self.subject, self.count, self.size, self.seed, *sampling, self.draw, self.progress, self.error]

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..checkpoints import load
+from ..config import TrainConfig
 from ..model import PixNerd
 from ..recipes import quickstart
-from ..runs import Run
-from ..training import TrainConfig, train
+from ..runs import Run, load
+from ..training import train
 
 
 def trained_digits(out: str | Path, steps: int) -> tuple[PixNerd, TrainConfig]:
@@ -20,7 +20,7 @@ def trained_digits(out: str | Path, steps: int) -> tuple[PixNerd, TrainConfig]:
     """
     beside = Run(Path(out).with_name("quickstart"))
     if beside.config_path.is_file():
-        config = TrainConfig.from_dict(beside.config())
+        config = beside.config()
         if (beside.checkpoints / f"step-{config.steps}").is_dir() and config.data == "digits":
             return load(beside.folder), config
     config = dataclasses.replace(quickstart(), out=str(out), steps=steps)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..distributed import World
 from ..errors import InputError
@@ -185,3 +186,20 @@ def precision_recall(real: Tensor, drawn: Tensor, half: bool = True) -> Precisio
             f"there are {len(real)} real and {len(drawn)} drawn"
         )
     return PrecisionRecall(covered(drawn, real, half), covered(real, drawn, half))
+
+
+def retrieval_ranks(sampled: Tensor, true: Tensor) -> Tensor:
+    """For each sample, how many true images are nearer to it than its own: 0 is found at once, chance is N/2.
+
+    Args:
+        sampled: features [N, F] of what was sampled from N captions.
+        true: features [N, F] of the images that have these captions. Near means a small angle.
+
+    Returns: [N] in 0 … N − 1.
+    """
+    if sampled.shape != true.shape:
+        raise InputError(
+            f"features of shapes {tuple(sampled.shape)} and {tuple(true.shape)} differ: they need the same captions"
+        )
+    similarity = F.normalize(sampled, dim=1) @ F.normalize(true, dim=1).T  # [N, N]
+    return (similarity > similarity.diagonal()[:, None]).sum(1)

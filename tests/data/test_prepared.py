@@ -138,7 +138,8 @@ def test_an_interrupted_copy_goes_on(root, tmp_path, monkeypatch, workers):
         stop_at(patch, 11, fail)  # in the third shard
         with pytest.raises(RuntimeError, match="the power went"):
             prepare(root, folder, workers)
-    before = shard_files(folder)
+    states = shard_files(folder)  # a worker may have got to the fourth shard before it was ended
+    before = {name: state for name, state in states.items() if name[:5] != "00003" or workers == 0}
     assert list(before) == ["00000.json", "00000.npy", "00001.json", "00001.npy"]
     with pytest.raises(InputError, match="copy is not finished: the same `pixnerd prepare` command goes on"):
         data.load(f"prepared:{folder}", 16)
@@ -157,8 +158,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_no_half_shard(root, tmp_path, mo
 
     def killed(file, images):
         if len(images) < 4:  # the last shard
-            file.write(b"\x93NUMPY half of a shard")
-            file.flush()
+            file.write_bytes(b"\x93NUMPY half of a shard")
             os.kill(os.getpid(), signal.SIGKILL)
         save(file, images)
 

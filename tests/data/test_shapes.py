@@ -109,7 +109,7 @@ def test_a_rendering_of_twice_the_size_is_the_same_picture():
 
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-# (shape, its colour) and (first, relation, second) as README's sentence about the split says them
+# (shape, its colour) and (first, relation, second) as the book's sentence about the split says them
 KEPT_COLOURS = {"green circle", "pink square", "blue triangle", "yellow diamond", "red star", "cyan cross"}
 KEPT_RELATIONS = {
     "circle left of square",

@@ -16,10 +16,10 @@ import torch
 from PIL import Image, ImageSequence
 from torchvision.transforms.functional import pil_to_tensor
 
-from pixnerd import InputError, ModelConfig, TextModelConfig, load, sample, training
-from pixnerd.checkpoints import newest_checkpoint, save_model
+from pixnerd import InputError, ModelConfig, TextModelConfig, data, load, sample, training
 from pixnerd.explore import demo as module
 from pixnerd.explore.demo import Request, animation, demo, frame, number, open_run, picture, states, table, whole_number
+from pixnerd.runs import newest_checkpoint, save_model
 from pixnerd.sampling import SamplingConfig
 
 from ..conftest import randomised
@@ -60,10 +60,10 @@ def text_run(tmp_path_factory, tiny_folder):
         gratings.captions = [("a red cat",)] * len(gratings)
         return gratings
 
-    original = training.data.load
+    original = data.load
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PIXNERD_DATA", str(folder / "data"))
-        patch.setattr(training.data, "load", captioned)
+        patch.setattr(data, "load", captioned)
         yield train(folder / "text", model, text_encoder=str(tiny_folder))
 
 
@@ -94,7 +94,7 @@ def test_the_images_are_those_of_sample(any_run, size, base):
     settings = {"steps": 3, "solver": "adams2", "guidance": 2.0, "interval": (0.3, 0.9), "shift": 2.0, "seed": 7}
     model = load(any_run)
     if any_run.name == "text":
-        text, empty = open_run(any_run).encode(["a blue dog", ""])
+        text, empty = open_run(any_run).conditions.encode(["a blue dog", ""])
         expected = sample(
             model, torch.stack([text] * 2), unconditional=empty, size=(size, size), base_resolution=base, **settings
         )

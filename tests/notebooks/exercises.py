@@ -27,7 +27,7 @@ def generate(lessons: Sequence[Path], folder: Path) -> list[Path]:
     command += ["--extra-keys", "metadata.workbook cell.metadata.wrong", *map(str, paths)]
     subprocess.run(command, check=True)
     for path in paths:
-        text = re.sub(r"\]\((?=00_|demo|scale/)", "](../", path.read_text())
+        text = re.sub(r"\]\((?=00_|demo|scale/|measured)", "](../", path.read_text())
         path.write_text(text.replace('\\"../runs/', '\\"../../runs/'))
     return paths
 

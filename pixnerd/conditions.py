@@ -1,0 +1,161 @@
+"""What a model is told about an image: its label, one of its captions, or nothing.
+
+`Labels` and `Captions` have the same interface, `Conditions`, and are the only place where the two families of models
+differ outside the networks: training, sampling, evaluation and the panels use it without asking which one it is.
+Dimension letters: B images, L tokens of a caption, F features of a token.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import data
+from .config import TrainConfig
+from .data import ImageDataset
+from .errors import InputError
+from .frozen.text_encoder import CachedEncoder, TextEncoder, load_encoder
+from .model import PatchDenoiser
+from .model_config import TextModelConfig
+
+Subject = int | str  # what an image is asked to show: a class, or a caption
+
+
+class Conditions(Protocol):
+    """What one kind of model is told."""
+
+    subject: str
+    """what its images are asked for by: "class" or "prompt" """
+    num_classes: int | None
+    """of the network; None where it is told captions"""
+    nothing: Tensor
+    """what it is told where there is no label or caption, for guidance: [] or [L, F]"""
+
+    def encode(self, subjects: Sequence[Subject]) -> Tensor:
+        """What the model takes [B, …] for B classes or captions. Raises InputError for subjects of the other kind."""
+
+    def of_images(self, labels: Tensor, indices: Tensor, dropped: Tensor, choice: Tensor) -> Tensor:
+        """What the model takes [B, …] while it is trained.
+
+        Args:
+            labels: [B], of the images.
+            indices: [B], of the images in the data set.
+            dropped: [B] bool, which images are shown without it.
+            choice: [B] in [0, 1), which of an image's captions is shown.
+        """
+
+    def asked_for(self, labels: Sequence[int], prompts: Sequence[str], source: str) -> Sequence[Subject]:
+        """What a user asks `source` for, by labels or by prompts; no label means every class. Raises InputError."""
+
+    def subjects(self, reference: str, image_size: int) -> Sequence[Subject]:
+        """What an evaluation asks for: every class, or the plainest caption of every image of the data set `reference`.
+
+        Raises InputError when captions are needed and `reference` has none.
+        """
+
+
+class Labels:
+    """Class labels; num_classes itself stands for no label."""
+
+    subject = "class"
+
+    def __init__(self, num_classes: int):
+        self.num_classes = num_classes
+        self.nothing = torch.tensor(num_classes)
+
+    def encode(self, subjects: Sequence[Subject]) -> Tensor:
+        """[B]"""
+        if any(isinstance(subject, str) for subject in subjects):
+            raise InputError(
+                f"prompt {subjects[0]!r} cannot be shown: this is a class-conditional model, it takes labels"
+            )
+        return torch.as_tensor(subjects, dtype=torch.long)
+
+    def of_images(self, labels: Tensor, indices: Tensor, dropped: Tensor, choice: Tensor) -> Tensor:
+        """[B]"""
+        return labels.masked_fill(dropped, self.num_classes)
+
+    def asked_for(self, labels: Sequence[int], prompts: Sequence[str], source: str) -> Sequence[int]:
+        if prompts:
+            raise InputError(f"{source} is of a class-conditional model: it takes --labels")
+        return labels or range(self.num_classes)
+
+    def subjects(self, reference: str, image_size: int) -> Sequence[int]:
+        return range(self.num_classes)
+
+
+class Captions:
+    """Captions, read by a frozen encoder; the empty caption stands for none.
+
+    Args:
+        encode: the encoder.
+        captions: of every image of the training data.
+    """
+
+    subject = "prompt"
+    num_classes = None
+
+    def __init__(self, encode: TextEncoder, captions: Sequence[tuple[str, ...]] = ()):
+        self.encode_text, self.captions = encode, captions
+
+    @property
+    def nothing(self) -> Tensor:
+        """[L, F]"""
+        return self.encode_text([""])[0]
+
+    def encode(self, subjects: Sequence[Subject]) -> Tensor:
+        """[B, L, F]"""
+        if not all(isinstance(subject, str) for subject in subjects):
+            raise InputError(f"class {subjects[0]} cannot be shown: this is a text model, it takes prompts")
+        return self.encode_text(list(subjects))
+
+    def of_images(self, labels: Tensor, indices: Tensor, dropped: Tensor, choice: Tensor) -> Tensor:
+        """[B, L, F]"""
+        shown = []
+        for index, place, drop in zip(indices.tolist(), choice.tolist(), dropped.tolist(), strict=True):
+            ways = self.captions[index]
+            shown.append("" if drop else ways[int(place * len(ways))])
+        return self.encode_text(shown).to(choice.device)
+
+    def asked_for(self, labels: Sequence[int], prompts: Sequence[str], source: str) -> Sequence[str]:
+        if not prompts or labels:
+            raise InputError(f"{source} is of a text model: name --prompts")
+        return prompts
+
+    def subjects(self, reference: str, image_size: int) -> Sequence[str]:
+        captions = [ways[0] for ways in data.load(reference, image_size).captions]
+        if not captions:
+            raise InputError(f"a text model samples captions, and {reference!r} has none: name --reference")
+        return captions
+
+
+def training_conditions(config: TrainConfig, dataset: ImageDataset, device: torch.device) -> Conditions:
+    """What a training run's model is told about the images of its data set. Raises InputError where that is missing."""
+    if not isinstance(config.model, TextModelConfig):
+        return Labels(dataset.num_classes)
+    if not dataset.captions:
+        raise InputError(f"data set {config.data!r} has no captions; a text model needs them")
+    return Captions(caption_encoder(config, device), dataset.captions)
+
+
+def model_conditions(model: PatchDenoiser, config: TrainConfig, device: torch.device) -> Conditions:
+    """What a trained model is told; its run's `config` names the encoder. Raises InputError where that is missing."""
+    if model.num_classes is not None:
+        return Labels(model.num_classes)
+    return Captions(caption_encoder(config, device))
+
+
+def caption_encoder(config: TrainConfig, device: torch.device) -> TextEncoder:
+    """The frozen encoder of a text run, with its features cached under data/text if the run caches them.
+
+    Raises:
+        InputError: it is not there, or has another width than the model reads.
+    """
+    encoder = load_encoder(config.text_encoder, config.model.text_length, device)
+    if encoder.features != config.model.text_features:
+        raise InputError(
+            f"text encoder {config.text_encoder} gives {encoder.features} features a token; "
+            f"the model reads {config.model.text_features} (model.text_features)"
+        )
+    return CachedEncoder(encoder, data.cache_folder() / "text") if config.cache_text else encoder

@@ -1,0 +1,171 @@
+"""What training costs, in arithmetic, memory and time, and how fast this device could be at best."""
+
+import contextlib
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import flow
+from .encodings import coordinate_table
+from .layers import rotary_table
+from .model import PatchDenoiser
+from .model_config import Recompute
+
+MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}  # large enough to run at the device's rate
+
+
+def forward_flops(model: PatchDenoiser, size: int) -> int:
+    """Floating-point operations (two for each multiply-add of a matrix product) of one image's velocity.
+
+    Args:
+        model: best made under `torch.device("meta")`, since only shapes matter.
+        size: pixels a side that the head decodes, from the tokens of the model's own image size.
+    """
+    device, base = model.patch_embed.weight.device, (model.config.image_size,) * 2
+    x = torch.empty(1, model.config.channels, size, size, device=device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x, torch.empty(1, device=device), model.example_condition(), None if base == (size, size) else base)
+    return counter.get_total_flops()
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measured floating-point operations a second of a large square matrix product, the best of ten."""
+    side = MATMUL_SIDE[device.type]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * side**3 / best
+
+
+def state_bytes(model: PatchDenoiser, averages: int = 1, shards: int = 1) -> int:
+    """Bytes of training's lasting tensors on each of `shards` devices that share them; one keeps all.
+
+    Weights, gradients, AdamW's two moments and the moving averages, float32 each.
+    """
+    return -(-4 * sum(p.numel() for p in model.parameters()) * (1 + 1 + 2 + averages) // shards)
+
+
+class FusedAttention(TorchFunctionMode):
+    """The kernels that a GPU takes for attention, also where there is none to choose them.
+
+    Without them attention would keep the N × N probabilities, which the fused kernels compute again.
+    """
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        q, k, v = args
+        if q.dtype == torch.bfloat16:
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[0]
+
+
+def saved_activation_bytes(
+    model: PatchDenoiser, size: int, recompute: Recompute | None = None, dtype: torch.dtype = torch.bfloat16
+) -> int:
+    """Bytes that each further image of a batch makes a GPU keep from a step's forward for its backward pass.
+
+    Counted by shape, without memory or a GPU, for eager operators; what torch.compile keeps can differ. What does not
+    grow with the batch, as weights and their copies in `dtype`, does not count; see `state_bytes`. Nor does what the
+    backward pass computes again, one block of the device's images or one piece of the head at a time.
+
+    Args:
+        model: any device; "meta" is best, since only shapes matter.
+        size: pixels a side of the images, which the transformer sees as they are.
+        recompute: instead of the model's own.
+        dtype: torch.bfloat16 for autocast, or torch.float32.
+    """
+    model = copy.copy(model)  # shares the weights, which functional_call replaces
+    model.recompute, model.training = recompute or model.recompute, True
+    two, three = (_saved_bytes(model, size, images, dtype) for images in (2, 3))
+    return three - two  # not 2 − 1: a batch of one has axes that need no copy
+
+
+def _saved_bytes(model: PatchDenoiser, size: int, images: int, dtype: torch.dtype) -> int:
+    """Bytes of all that a forward pass of some images saves, weights included; views count once, as their storage."""
+    storages = set()
+
+    def keep(tensor: Tensor) -> Tensor:
+        storages.add(tensor.untyped_storage())
+        return tensor
+
+    device = torch.device("cuda")
+    _forget_tables()  # real ones of this device do not mix with fake ones, nor later the other way round
+    try:
+        with FakeTensorMode(), device, torch.enable_grad(), _cuda_autocast(dtype), FusedAttention():
+            weights = {n: torch.empty(p.shape, requires_grad=True) for n, p in model.named_parameters()}
+            x, t = torch.empty(images, model.config.channels, size, size), torch.empty(images)
+            condition = model.example_condition(images, device)
+            with saved_tensors_hooks(keep, lambda tensor: tensor):
+                functional_call(model, weights, (x, t, condition))
+            return sum(storage.nbytes() for storage in storages)
+    finally:
+        _forget_tables()
+
+
+@contextlib.contextmanager
+def _cuda_autocast(dtype: torch.dtype) -> Iterator[None]:
+    """torch.autocast("cuda") switches itself off where there is no GPU; this does not."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", dtype != torch.float32)
+    torch.set_autocast_dtype("cuda", dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+        torch.clear_autocast_cache()
+
+
+def _forget_tables() -> None:
+    rotary_table.cache_clear()
+    coordinate_table.cache_clear()
+
+
+def training_rate(model: PatchDenoiser, size: int, images: int, dtype: torch.dtype, steps: int = 5) -> float:
+    """Measured images a second of one device: forward, backward and AdamW on random images, the median step.
+
+    Args:
+        model: on the device to measure; its weights change.
+        size: pixels a side.
+        images: at a time.
+        dtype: torch.bfloat16 for autocast, or torch.float32.
+        steps: that count, at least 1; three go before, to compile and to make AdamW's moments.
+    """
+    device = model.patch_embed.weight.device
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    x = torch.rand(images, model.config.channels, size, size, device=device) * 2 - 1
+    noise, t, condition = torch.randn_like(x), torch.rand(images, device=device), model.example_condition(images)
+    seconds = []
+    for _ in range(3 + steps):
+        begin = time.perf_counter()
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = flow.loss(model, x, condition, noise, t).mean
+        loss.backward()
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    return images / statistics.median(seconds[3:])

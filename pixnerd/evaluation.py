@@ -1,0 +1,171 @@
+"""Evaluation: from a run or images to a row of metrics.json, measured once.
+
+The images are a run's samples, a file or folder of images, or sampled on the spot, straight into the features. Under
+torchrun every process samples and measures its share. Dimension letters: B images of a batch, H × W pixels.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import data, frozen
+from .conditions import Conditions, Subject, model_conditions
+from .config import EvaluationConfig
+from .distributed import World, join
+from .errors import InputError
+from .metrics.features import SampleFile, collect, compare, own_batches, reference_features
+from .metrics.images import Images, open_images
+from .metrics.nearest import digit_agreement
+from .metrics.scenes import score_scenes, true_score
+from .model import PatchDenoiser
+from .runs import Run, load, newest_checkpoint
+from .sampling import sample
+
+
+class Evaluation(NamedTuple):
+    """What came out."""
+
+    settings: dict[str, Any]  # how it was measured: what its row of metrics.json is found by
+    scores: dict[str, float]  # by name; empty in all processes but the leading one
+    digit_agreement: float | None = None  # of a digits run's samples: the share that reads as asked for
+
+
+def evaluate(config: EvaluationConfig, world: World | None = None) -> Evaluation:
+    """Measure images against real ones. A run keeps each result in metrics.json and is not measured twice.
+
+    Args:
+        config: which images, against which, how.
+        world: the processes that share the work; by default those of this program.
+
+    Raises:
+        InputError: images, reference, checkpoint or network that are missing or do not fit one another.
+    """
+    run, world = Run(config.source), world or join()
+    is_run = run.config_path.is_file()
+    if not is_run and (config.draw or not config.reference):
+        raise InputError(f"{config.source} holds no run: name the real images with --reference, and draw nothing")
+    agreement = None
+    if is_run and not config.draw and world.leads:
+        agreement = _digit_agreement(run)
+    there = None if config.draw else open_images(config.source)
+    settings = row_settings(config, there)
+    if config.draw and not config.out and (scores := run.evaluation(settings)):
+        return Evaluation(settings, scores)
+    if config.network == "scenes":
+        samples = Samples(config, world)
+        scores = _scene_scores(samples, world)
+    else:
+        network = frozen.load(config.network, world.device, config.weights)
+        samples = Samples(config, world) if config.draw else None
+        batches = samples.batches() if samples else own_batches(there, config.batch_size, world)
+        size = samples.image_size if samples else next(there.batches(1)).shape[-1]
+        folder = run.folder if is_run else None
+        reference = settings["reference"]
+        real = reference_features(network.pooled, config.network, reference, size, config.batch_size, world, folder)
+        found = collect(network.pooled, batches, settings["images"], world)
+        scores = compare(real, found, network.measure) if world.leads else {}
+    if world.leads and is_run:
+        run.save_evaluation(settings, scores)
+    return Evaluation(settings, scores, agreement)
+
+
+def row_settings(config: EvaluationConfig, images: Images | None = None) -> dict[str, Any]:
+    """What a row of metrics.json is found by, see `Run.evaluation`; `images` are those that are not sampled here."""
+    run = Run(config.source)
+    reference = config.reference or run.config().data
+    if images is not None:
+        return {
+            "reference": reference,
+            "network": config.network,
+            "images": images.count,
+            "samples": str(Path(config.source)),
+        }
+    checkpoint = newest_checkpoint(run.checkpoints)
+    return {
+        "reference": reference,
+        "network": config.network,
+        "checkpoint": checkpoint and checkpoint.name,
+        "average": config.average,
+        "images": config.draw,
+        "classes": config.classes,
+        "seed": config.seed,
+        "sampling": dataclasses.asdict(config.sampling),
+    }
+
+
+def _digit_agreement(run: Run) -> float | None:
+    """Of a run on digits: the share of its samples that read as asked for, kept in metrics.json; None for others."""
+    if run.config().data != "digits":
+        return None
+    images, labels = run.load_samples()
+    agreement = digit_agreement(images, labels)
+    run.save_metrics({"digit_agreement": agreement, "images": len(images)})
+    return agreement
+
+
+class Samples:
+    """The images that a run's newest checkpoint is asked for, sampled batch by batch, each process its share.
+
+    Raises:
+        InputError: no checkpoint, or a reference without the captions that a text model needs.
+    """
+
+    def __init__(self, config: EvaluationConfig, world: World):
+        self.config, self.world = config, world
+        run_config = Run(config.source).config()
+        self.reference = config.reference or run_config.data
+        self.model: PatchDenoiser = load(config.source, weights=config.average, device=world.device)
+        self.image_size = self.model.config.image_size
+        self.conditions: Conditions = model_conditions(self.model, run_config, world.device)
+        self.subjects: Sequence[Subject] = self.conditions.subjects(self.reference, self.image_size)
+        self.labels = torch.arange(config.draw) % len(self.subjects)  # [images], numbers of the subjects
+        if config.classes == "random":
+            chosen_by = torch.Generator().manual_seed(config.seed)
+            self.labels = torch.randint(len(self.subjects), (config.draw,), generator=chosen_by)
+
+    def batches(self) -> Iterator[tuple[int, Tensor]]:
+        """This process's batches: the number of the first image, and uint8 [B, 3, H, W]."""
+        config, world, size = self.config, self.world, self.image_size
+        nothing = self.conditions.nothing
+        file = SampleFile(Path(config.out), (config.draw, size, size, 3), world) if config.out else None
+        for number, batch in enumerate(torch.arange(config.draw).split(config.batch_size)):
+            if number % world.size != world.rank:
+                continue
+            condition = self.conditions.encode([self.subjects[label] for label in self.labels[batch].tolist()])
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=world.device.type == "cuda"):
+                images = sample(
+                    self.model,
+                    condition,
+                    config.sampling,
+                    unconditional=nothing,
+                    seed=config.seed,
+                    indices=batch.tolist(),
+                )
+                pixels = data.to_uint8(images).expand(-1, 3, -1, -1)
+            if file:
+                file.put(int(batch[0]), pixels)
+            yield int(batch[0]), pixels
+        if file:
+            file.close(self.labels)
+
+
+def _scene_scores(samples: Samples, world: World) -> dict[str, float]:
+    """How many samples of scenes show their caption, and how many true images do, by the same detector."""
+    size, count = samples.image_size, samples.config.draw
+    dataset = data.load(samples.reference, size)
+    if samples.conditions.subject != "prompt" or not isinstance(dataset, data.Shapes):
+        raise InputError(
+            f"network 'scenes' reads captions of shapes; it cannot measure {samples.config.source} against "
+            f"{samples.reference!r}: it needs a text model and --reference shapes or shapes:held-out"
+        )
+    images = torch.zeros(count, 3, size, size)
+    for first, pixels in tqdm(samples.batches(), unit="batch", disable=not world.leads, mininterval=1):
+        images[first : first + len(pixels)] = pixels.cpu()
+    images = world.sum(images).to(torch.uint8)
+    scenes = [dataset.scenes[label] for label in samples.labels.tolist()]
+    return score_scenes(images, scenes).to_dict() | {"true drawings": true_score(scenes, size).overall}

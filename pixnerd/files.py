@@ -1,0 +1,75 @@
+"""Files that are whole or absent: written beside their place and renamed; a sentence for those that cannot be read."""
+
+import contextlib
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from .errors import InputError
+
+UNREADABLE = (SafetensorError, OSError, EOFError, pickle.UnpicklingError, RuntimeError, ValueError)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a path beside `path` to write to; when the block ends well, that file is synced and renamed to `path`.
+
+    A reader sees the old file or the new one, never half of one, and several processes may write the same file. After
+    an exception nothing is left behind; what a killed process leaves, `remove_partial_files` takes away.
+    """
+    partial = path.with_name(f".{os.getpid()}.partial-{path.name}")  # same ending: numpy would add it otherwise
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Take away what killed processes left in a folder that no other process writes to now."""
+    for left in folder.glob(".*.partial-*"):
+        left.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file in one step, see `replacing`."""
+    with replacing(path) as partial:
+        partial.write_text(text)
+
+
+def sync(path: Path) -> None:
+    """Make sure that a file, or the list of a folder's files, is on the disk and not only in its cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def readable(path: Path, wrong: str = "is damaged or not a checkpoint") -> Iterator[None]:
+    """Turn what reading a missing or damaged file raises into one sentence, an InputError that says what is `wrong`."""
+    try:
+        yield
+    except InputError:  # a ValueError, too, with a sentence of its own
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist") from error
+    except UNREADABLE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} {wrong}: {reason}") from error
+
+
+def read_json(path: Path, kind: str) -> dict[str, Any]:
+    """The JSON object in a file that should be `kind`. Raises InputError when it is missing or holds anything else."""
+    with readable(path, f"cannot be read as {kind}"):
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds {type(content).__name__} where an object is needed")
+    return content

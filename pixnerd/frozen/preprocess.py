@@ -1,0 +1,29 @@
+"""What the frozen image networks have in common before the first layer: channels, means, precision.
+
+Dimension letters: B images, C channels, H × W pixels.
+"""
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Images [B, 1 or 3, H, W] in [0, 1] → [B, 3, H, W] with ImageNet's mean and deviation taken out."""
+    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images - mean) / std
+
+
+def as_rgb(images: Tensor) -> Tensor:
+    """[B, 1 or 3, H, W] → float32 [B, 3, H, W]. Raises InputError for any other number of channels."""
+    if images.shape[1] not in (1, 3):
+        raise InputError(f"images have {images.shape[1]} channels; a teacher looks at 1 (grey) or 3 (RGB)")
+    return images.float().expand(-1, 3, -1, -1)
+
+
+def own_precision(device: torch.device) -> torch.autocast:
+    """bfloat16 on a GPU, float32 elsewhere, whatever precision is used around it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")

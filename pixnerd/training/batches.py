@@ -1,0 +1,143 @@
+"""What a step sees: which images in which order, at which size, with which noise, times and dropout.
+
+Everything random in step n derives from (seed, n, position in the global batch), see `randomness.py`, so a run that was
+stopped and resumed equals one that was not. Dimension letters: B images, C channels, H × W pixels, S pixels of a side.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .. import data, flow
+from ..conditions import Conditions
+from ..config import TrainConfig
+from ..data import ImageDataset
+from ..distributed import World
+from ..errors import InputError
+from ..randomness import Purpose, generator
+
+# --- random draws ----------------------------------------------------------------------------------------------------
+
+
+class StepDraws(NamedTuple):
+    """All that is random in a step, for the images at some positions of its global batch."""
+
+    noise: Tensor  # [B, C, H, W] standard normal
+    t: Tensor  # [B] in (0, 1)
+    dropped: Tensor  # [B] bool: show without label
+    flipped: Tensor  # [B] bool: show mirrored
+    caption: Tensor  # [B] in [0, 1): which of an image's captions to show
+
+
+def draw_step(
+    config: TrainConfig, step: int, positions: range, shape: tuple[int, int, int], device: torch.device
+) -> StepDraws:
+    """The random draws of `step` for the images at `positions` of the global batch, each of shape [C, H, W]."""
+    noise, normal, uniform, caption = [], [], [], []
+    for position in positions:
+        g = generator(device, config.seed, Purpose.TRAINING_STEP, step, position)
+        normal.append(torch.randn((), generator=g, device=device))
+        uniform.append(torch.rand(2, generator=g, device=device))
+        noise.append(torch.randn(shape, generator=g, device=device))
+        caption.append(torch.rand((), generator=g, device=device))
+    drop, flip = torch.stack(uniform).unbind(1)
+    t = flow.logit_normal_time(torch.stack(normal), config.time_shift)
+    flipped = flip < 0.5 if config.horizontal_flip else torch.zeros_like(flip, dtype=torch.bool)
+    return StepDraws(torch.stack(noise), t, drop < config.label_dropout, flipped, torch.stack(caption))
+
+
+@functools.lru_cache(maxsize=2)  # the batch at the end of an epoch needs two
+def shuffled(size: int, seed: int, epoch: int) -> Tensor:
+    """The order [size] in which an epoch goes through the data set."""
+    return torch.randperm(size, generator=generator(torch.device("cpu"), seed, Purpose.DATA_ORDER, epoch))
+
+
+def step_indices(size: int, config: TrainConfig, step: int, positions: range) -> list[int]:
+    """The data set's indices for the images at `positions` of a step's global batch: one shuffle after the other."""
+    numbers = (step * config.batch_size + position for position in positions)  # of images, since the first step
+    return [int(shuffled(size, config.seed, number // size)[number % size]) for number in numbers]
+
+
+def step_size(config: TrainConfig, step: int) -> int:
+    """The side, in pixels, of the images of a step."""
+    if not config.decode_sizes:
+        return config.model.image_size
+    g = generator(torch.device("cpu"), config.seed, Purpose.DECODE_SIZE, step)
+    return config.decode_sizes[int(torch.randint(len(config.decode_sizes), (), generator=g))]
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """What the model sees of a step, or of a part of it, on the training device."""
+
+    image: Tensor  # [B, C, H, W] in [−1, 1], mirrored where `flipped`
+    condition: Tensor  # [B] labels, or [B, L, F] text features; without them where they are dropped
+    noise: Tensor  # [B, C, H, W]
+    t: Tensor  # [B]
+    indices: Tensor  # [B], in the data set
+    flipped: Tensor  # [B] bool
+
+    def parts(self, count: int) -> Iterator["Batch"]:
+        """Cut into `count` batches, one after the other."""
+        return (Batch(*tensors) for tensors in zip(*(tensor.chunk(count) for tensor in self), strict=True))
+
+
+class LoadedImages(NamedTuple):
+    """What the data set gives for a step."""
+
+    pixels: Tensor  # [B, C, S, S] uint8
+    labels: Tensor  # [B]
+    indices: Tensor  # [B]
+
+
+class StepImages(Dataset):
+    """The images of every step, by step; the data set is there once for each size that is decoded.
+
+    Where an image cannot be read, the InputError that names it is handed over as a value: a worker process would wrap a
+    raised error in a traceback of its own.
+    """
+
+    def __init__(self, datasets: dict[int, ImageDataset], config: TrainConfig, positions: range):
+        self.datasets, self.config, self.positions = datasets, config, positions
+
+    def __getitem__(self, step: int) -> LoadedImages | InputError:
+        dataset = self.datasets[step_size(self.config, step)]
+        indices = step_indices(len(dataset), self.config, step, self.positions)
+        try:
+            return LoadedImages(*dataset.batch(indices), torch.tensor(indices))
+        except InputError as error:
+            return error
+
+
+def load_datasets(config: TrainConfig) -> dict[int, ImageDataset]:
+    """The training data at every size of the run. Raises InputError when it cannot be opened."""
+    return {size: data.load(config.data, size) for size in config.image_sizes}
+
+
+def step_batches(
+    config: TrainConfig, datasets: dict[int, ImageDataset], conditions: Conditions, first: int, world: World
+) -> Iterator[Batch]:
+    """This process's batch of each step from `first` on. Raises InputError when an image cannot be read."""
+    positions = world.positions(config.batch_size)
+    loader = DataLoader(
+        StepImages(datasets, config, positions),
+        batch_size=None,
+        sampler=range(first, config.steps),
+        num_workers=config.workers,
+        pin_memory=world.device.type == "cuda",
+    )
+    for step, loaded in enumerate(loader, start=first):
+        if isinstance(loaded, InputError):
+            raise loaded
+        pixels, labels, indices = (tensor.to(world.device, non_blocking=True) for tensor in loaded)
+        draws = draw_step(config, step, positions, tuple(pixels.shape[1:]), world.device)
+        image = data.to_float(pixels)
+        image = torch.where(draws.flipped[:, None, None, None], image.flip(-1), image)
+        condition = conditions.of_images(labels, indices, draws.dropped, draws.caption)
+        yield Batch(image, condition, draws.noise, draws.t, indices, draws.flipped)

@@ -1,0 +1,308 @@
+"""The training loop, from top to bottom: the call and its checks, what a run is made of, its steps, what they leave.
+
+`train` is a generator with one record a step, so that the notebook, the command line and the tests read the same loop.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from .. import flow
+from ..conditions import Conditions, training_conditions
+from ..config import TrainConfig
+from ..data import ImageDataset
+from ..differences import differences
+from ..distributed import World, bare, exchange_gradients, join, local_part, replicate, shard
+from ..errors import InputError, NonFiniteLoss
+from ..fields import NeuralFieldHead
+from ..model import PatchDenoiser
+from ..randomness import Purpose, derived_seed
+from ..runs import Run, load, newest_checkpoint
+from ..runs.checkpoints import load_training_state, save_checkpoint
+from ..text import build_network
+from .batches import Batch, load_datasets, step_batches
+from .losses import LossTerm, loss_terms, velocity_measure
+from .meters import Board, LossWindow, SpeedMeter
+
+
+class StepRecord(NamedTuple):
+    """What `train` yields after every step."""
+
+    step: int  # steps done, 1 … config.steps
+    loss: Tensor  # 0-dim, on the training device: float(loss) waits for a GPU
+    learning_rate: float
+    model: PatchDenoiser  # the moving average so far; it changes with the next step
+
+
+# --- the call --------------------------------------------------------------------------------------------------------
+
+
+def train(config: TrainConfig, device: torch.device | None = None) -> Iterator[StepRecord]:
+    """Train, or go on with the run in `config.out`; one StepRecord for each step that is still to do.
+
+    The caller may stop at any step: the state is then saved, and the same call goes on from there.
+
+    Under torchrun every process calls this, and each computes its part of every batch; `device` is by default its GPU.
+
+    Raises:
+        InputError: at the call, before any work: data, sizes or folder that cannot work.
+        NonFiniteLoss: while iterating; the checkpoints written before stay.
+    """
+    world = join(device)
+    datasets = load_datasets(config)
+    dataset = datasets[config.image_sizes[0]]
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, channels=dataset.channels))
+    if config.batch_size % (world.size * config.accumulate):
+        raise InputError(
+            f"batch_size {config.batch_size} cannot be shared evenly by {world.size} processes "
+            f"in {config.accumulate} parts each"
+        )
+    conditions = training_conditions(config, dataset, world.device)
+    run = Run(config.out)
+    checkpoint = newest_checkpoint(run.checkpoints)
+    if checkpoint is None and config.start_from:
+        check_start(config, conditions.num_classes)
+    terms = loss_terms(config, world)
+    if world.leads:
+        run.begin(config)
+    world.wait()
+    return _train(Job(config, run, datasets, conditions, terms, world), checkpoint)
+
+
+def check_start(config: TrainConfig, num_classes: int | None) -> None:
+    """Raise InputError unless the weights of `config.start_from` are those of a network like the configured one."""
+    source = load(config.start_from)
+    with torch.device("meta"):
+        model = build_network(config.model, num_classes)
+    theirs, ours = (type(network).__name__ for network in (source, model))
+    if theirs != ours:
+        raise InputError(f"start_from {config.start_from} is a {theirs}; this run trains a {ours}")
+    found = [d._replace(name=d.name.removeprefix("config.")) for d in differences(source.about(), model.about())]
+    differ = [f"{d.name} {d.old} → {d.new}" for d in found if d.name != "image_size"]  # the weights fit every size
+    if differ:
+        raise InputError(f"start_from {config.start_from} is another network: {', '.join(differ)}")
+
+
+# --- what a run is made of -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """What does not change while a run is trained."""
+
+    config: TrainConfig
+    run: Run
+    datasets: dict[int, ImageDataset]
+    """by size in pixels"""
+    conditions: Conditions
+    terms: list[LossTerm]
+    """beside the velocity's loss"""
+    world: World
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the network computes in bfloat16."""
+        on_gpu = self.world.device.type == "cuda"
+        return self.config.precision == "bfloat16" or (self.config.precision == "auto" and on_gpu)
+
+    @property
+    def compiles(self) -> bool:
+        return self.config.compile == "on" or (self.config.compile == "auto" and self.world.device.type == "cuda")
+
+
+@dataclass
+class TrainingState:
+    """What every step changes."""
+
+    models: dict[str, PatchDenoiser | nn.Module]
+    """by checkpoint file: "model", which is trained; its moving averages "ema", …; the "projector" of REPA"""
+    network: nn.Module
+    """the model as all processes train it together"""
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    """steps whose result is in the weights"""
+    saved: int = 0
+    """the step of the newest checkpoint"""
+    whole: bool = True
+    """False while an update is under way, and after a loss that is not finite: then nothing may be saved"""
+    window: LossWindow = field(default_factory=LossWindow)
+
+
+def build_models(config: TrainConfig, num_classes: int | None, world: World, fresh: bool) -> dict[str, PatchDenoiser]:
+    """The model to train, "model", and its moving averages, "ema" and one for each extra decay, all equal so far."""
+    models = {}
+    for name in ("model", *config.ema_decays):
+        with torch.random.fork_rng():
+            torch.manual_seed(derived_seed(config.seed, Purpose.INITIAL_WEIGHTS))
+            models[name] = build_network(config.model, num_classes, config.recompute).to(world.device)
+    if fresh and config.start_from:
+        weights = load(config.start_from, device=world.device).state_dict()
+        for model in models.values():
+            model.load_state_dict(weights)
+    for name, model in models.items():
+        if config.shard:
+            shard(model, world)
+        if name != "model":
+            model.eval().requires_grad_(False)
+    return models
+
+
+def build_state(job: Job, checkpoint: Path | None) -> TrainingState:
+    """Fresh models and optimiser, or those of a checkpoint."""
+    config, world = job.config, job.world
+    models = build_models(config, job.conditions.num_classes, world, fresh=checkpoint is None)
+    model = models["model"].train()
+    for term in job.terms:
+        if term.trained is not None:
+            models["projector"] = bare(term.trained)
+    trained = [p for name in ("model", "projector") if name in models for p in models[name].parameters()]
+    optimizer = torch.optim.AdamW(trained, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    step = 0
+    if checkpoint is not None:
+        step = load_training_state(checkpoint, models, optimizer)
+        if world.leads:
+            job.run.cut_log(step)
+    if job.compiles:
+        compile_regions(model)
+    return TrainingState(models, replicate(model, world), optimizer, step, step)
+
+
+def compile_regions(model: PatchDenoiser) -> None:
+    """torch.compile each repeated part on its own: as fast as the whole at once, and every block compiles only once."""
+    for block in model.blocks:
+        block.compile()
+    if isinstance(model.head, NeuralFieldHead):
+        model.head.decode = torch.compile(model.head.decode, dynamic=False)  # once for each size that it decodes
+
+
+# --- the steps -------------------------------------------------------------------------------------------------------
+
+
+def _train(job: Job, checkpoint: Path | None) -> Iterator[StepRecord]:
+    """One step after the other; whatever stops it, closing the generator included, the steps done are saved."""
+    config, world = job.config, job.world
+    state = build_state(job, checkpoint)
+    batches = step_batches(config, job.datasets, job.conditions, state.step, world)
+    board = Board(job.run, state.step) if world.leads else None
+    speed = SpeedMeter(config, job.conditions.num_classes, torch.bfloat16 if job.bf16 else torch.float32, world)
+    try:
+        for batch in batches:
+            logs, saves = (is_due(config, state.step + 1, n) for n in (config.log_every, config.checkpoint_every))
+            # ================================================ one step ================================================
+            loss = compute_gradients(job, state, batch)
+            if logs or saves or world.device.type != "cuda":  # looking makes a GPU wait
+                check_finite(job, state)
+            rate = update_weights(job, state)
+            # ==========================================================================================================
+            if logs:
+                entry = {"step": state.step, **state.window.summary(world), "learning_rate": rate}
+                entry |= speed.read(len(state.window.losses) * config.batch_size)
+                if board is not None:
+                    job.run.log(entry)
+                    board.add(entry)
+                state.window = LossWindow()
+            if saves:
+                save(job, state)
+            yield StepRecord(state.step, loss, rate, state.models["ema"])
+    except BaseException as reason:
+        together = world.size == 1 or isinstance(reason, GeneratorExit)  # one process alone cannot save for all
+        if state.whole and together and not (state.window.losses and state.window.first_bad()):
+            save(job, state)
+        raise
+    finally:
+        if board is not None:
+            board.writer.close()
+
+
+def compute_gradients(job: Job, state: TrainingState, batch: Batch) -> Tensor:
+    """The gradient of all losses, clipped, in the parameters; returns the velocity's loss over all processes, 0-dim."""
+    config, world = job.config, job.world
+    base_resolution = (config.model.image_size,) * 2 if config.decode_sizes else None
+    measure, device = velocity_measure(config), world.device
+    terms = [term for term in job.terms if term.counts(state.step)]
+    tap = next((term.tap for term in terms if term.tap is not None), None)
+    networks = [state.network, *(term.trained for term in terms if term.trained is not None)]
+    state.optimizer.zero_grad()
+    means = []
+    for number, part in enumerate(batch.parts(config.accumulate), start=1):
+        for network in networks:
+            exchange_gradients(network, number == config.accumulate)
+        with torch.autocast(device.type, torch.bfloat16, enabled=job.bf16):
+            losses = flow.loss(
+                state.network, part.image, part.condition, part.noise, part.t, base_resolution, measure, tap
+            )
+            values = {term.name: term.value(losses, part) for term in terms}
+            total = losses.mean
+            for term in terms:
+                total = total + term.weight * values[term.name]
+        (total / config.accumulate).backward()
+        means.append(losses.mean.detach())
+        state.window.add_part(losses.per_image, {name: value.detach() for name, value in values.items()})
+    trained = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+    if config.clip is not None:
+        nn.utils.clip_grads_with_norm_(trained, config.clip, norm)
+    loss = world.mean(torch.stack(means).mean())
+    state.window.add_step(loss, norm, batch.t)
+    return loss
+
+
+def check_finite(job: Job, state: TrainingState) -> None:
+    """Raise NonFiniteLoss when a loss since the last look was not finite."""
+    if (ago := state.window.first_bad()) is not None:
+        state.whole = False
+        folder, saved = job.run.checkpoints, state.saved
+        kept = f"step {saved} is kept in {folder}" if saved else "there was no checkpoint yet"
+        raise NonFiniteLoss(f"the loss of step {state.step + 2 - ago} is not finite; {kept}")
+
+
+def update_weights(job: Job, state: TrainingState) -> float:
+    """AdamW with the step's learning rate, which is returned, then the moving averages: the step is done."""
+    rate = learning_rate(job.config, state.step)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    state.whole = False
+    state.optimizer.step()
+    update_averages(state.models, job.config, state.step + 1)
+    state.step += 1
+    state.whole = True
+    return rate
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of step 0 … steps − 1."""
+    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    return config.learning_rate * warm * (1 - step / config.steps if config.decay == "linear" else 1.0)
+
+
+@torch.no_grad()
+def update_averages(models: dict[str, PatchDenoiser], config: TrainConfig, step: int) -> None:
+    """Move every average towards the weights after `step` steps; after the first it is the weights."""
+    for name, decay in config.ema_decays.items():
+        average, weights = ([local_part(p) for p in models[which].parameters()] for which in (name, "model"))
+        if step == 1:
+            torch._foreach_copy_(average, weights)
+        else:
+            get_ema_multi_avg_fn(decay)(average, weights, step)
+
+
+# --- what they leave -------------------------------------------------------------------------------------------------
+
+
+def is_due(config: TrainConfig, step: int, every: int) -> bool:
+    """Whether what happens every so many steps, and after the last, happens after `step` steps."""
+    return step % every == 0 or step == config.steps
+
+
+def save(job: Job, state: TrainingState) -> None:
+    """Write a checkpoint of the steps done, unless there is one."""
+    if state.step > state.saved:
+        folder, keep = job.run.checkpoints, job.config.keep_checkpoints
+        save_checkpoint(folder, state.step, state.models, state.optimizer, keep, job.world)
+        state.saved = state.step

@@ -1,0 +1,99 @@
+"""What a training run says of itself: losses, gradient norms and speed, for log.jsonl and TensorBoard."""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import TrainConfig
+from ..cost import forward_flops, matmul_rate
+from ..distributed import World, whole_tensor
+from ..runs import Run
+from ..text import build_network
+
+
+class LossWindow:
+    """The losses since the last line of the log: their mean, and the mean for each tenth of t in [0, 1]."""
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []  # 0-dim each, the means of all processes
+        self.norms: list[Tensor] = []  # 0-dim each, of the whole gradient before it is clipped
+        self.terms: dict[str, list[Tensor]] = {}  # by name of a loss term, 0-dim each, of this process
+        self.per_image: list[Tensor] = []  # [B] each, of this process
+        self.times: list[Tensor] = []  # [B] each, of this process
+
+    def add_part(self, per_image: Tensor, terms: dict[str, Tensor]) -> None:
+        """The velocity losses [B] of a part of a step, and its other terms, 0-dim each."""
+        self.per_image.append(per_image)
+        for name, value in terms.items():
+            self.terms.setdefault(name, []).append(value)
+
+    def add_step(self, loss: Tensor, norm: Tensor, t: Tensor) -> None:
+        """The loss of a step over all processes, its gradient's norm, and this process's times [B]."""
+        self.losses.append(loss)
+        self.norms.append(whole_tensor(norm))
+        self.times.append(t)
+
+    def first_bad(self) -> int | None:
+        """How many steps ago (1 = the last one) the loss first was not finite; None when all were."""
+        finite = torch.stack(self.losses).isfinite().tolist()
+        return None if all(finite) else len(finite) - finite.index(False)
+
+    def summary(self, world: World) -> dict[str, Any]:
+        """loss, gradient_norm, the other terms by name, and loss_by_t: ten means, None for a tenth without images.
+
+        Every process calls it.
+        """
+        per_image, t = (world.gather(torch.cat(values)).cpu() for values in (self.per_image, self.times))
+        tenth = (10 * t).long().clamp(max=9)
+        count = torch.bincount(tenth, minlength=10)
+        total = torch.bincount(tenth, per_image.double(), minlength=10)
+        by_t = [round(float(a / n), 6) if n else None for a, n in zip(total, count, strict=True)]
+        means = {"loss": torch.stack(self.losses).mean(), "gradient_norm": torch.stack(self.norms).mean()}
+        means |= {name: world.mean(torch.stack(values).mean()) for name, values in self.terms.items()}
+        return {**{name: float(value) for name, value in means.items()}, "loss_by_t": by_t}
+
+
+class SpeedMeter:
+    """How fast a training run goes, and how much of what the devices can do it uses.
+
+    A step's arithmetic is counted as three forward passes, the usual estimate of forward and backward; what is computed
+    again to save memory does not count. The best possible is what a large matrix product reaches on this device.
+    """
+
+    def __init__(self, config: TrainConfig, num_classes: int | None, dtype: torch.dtype, world: World):
+        with torch.device("meta"):
+            model = build_network(config.model, num_classes).eval()
+        flops = [forward_flops(model, size) for size in config.image_sizes]
+        self.flops = 3 * sum(flops) / len(flops)  # per image
+        self.best = matmul_rate(world.device, dtype) * world.size
+        self.device, self.since = world.device, time.perf_counter()
+
+    def read(self, images: int) -> dict[str, float]:
+        """The speed since the last reading, in which so many images went through all devices together."""
+        now = time.perf_counter()
+        speed, self.since = images / (now - self.since), now
+        entry = {
+            "images_per_second": round(speed, 2),
+            "tflops": round(speed * self.flops / 1e12, 4),
+            "utilisation": round(speed * self.flops / self.best, 4),
+        }
+        if self.device.type == "cuda":
+            entry["memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)
+        return entry
+
+
+class Board:
+    """TensorBoard's copy of log.jsonl, from the line after `step` on."""
+
+    def __init__(self, run: Run, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(run.folder / "tensorboard", purge_step=step + 1)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        tenths = {f"loss_by_t/{i / 10:.1f}": loss for i, loss in enumerate(entry["loss_by_t"]) if loss is not None}
+        for name, value in {**entry, **tenths}.items():
+            if isinstance(value, float):
+                self.writer.add_scalar(name, value, entry["step"])

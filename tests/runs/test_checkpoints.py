@@ -1,0 +1,202 @@
+import dataclasses
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pixnerd import InputError, ModelConfig, PixNerd, load, load_released
+from pixnerd.distributed import World
+from pixnerd.runs.checkpoints import newest_checkpoint, save_checkpoint, save_model
+
+from ..conftest import SWITCHES, TINY, randomised
+from .released_layout import as_released
+
+GOLDEN = "tests/golden/class_p4.ckpt"
+
+
+@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES.keys())
+def test_every_configuration_survives_saving(tmp_path, switch):
+    model = randomised(PixNerd(dataclasses.replace(TINY, **switch), num_classes=5)).eval()
+    save_model(model, tmp_path / "model.safetensors")
+    again = load(tmp_path / "model.safetensors")
+    assert (again.config, again.num_classes, again.training) == (model.config, 5, False)
+    inputs = torch.randn(2, model.config.channels, 16, 16), torch.rand(2), torch.tensor([1, 5])
+    assert again(*inputs).equal(model(*inputs))
+
+
+def checkpoint(folder, step, seed):
+    model, ema = (randomised(PixNerd(TINY, 5), s) for s in (seed, seed + 1))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model(torch.randn(1, 3, 16, 16), torch.rand(1), torch.tensor([0])).sum().backward()
+    optimizer.step()
+    alone = World(0, 1, torch.device("cpu"))
+    return save_checkpoint(folder, step, {"model": model, "ema": ema}, optimizer, keep=2, world=alone), ema
+
+
+def test_checkpoints_are_complete_and_only_the_newest_are_kept(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for step in (9, 10, 100):
+        last, ema = checkpoint(folder, step, seed=step)
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-10", "step-100"]
+    assert (folder / "latest").read_text() == "step-100\n"
+    assert newest_checkpoint(folder) == last
+    assert load(tmp_path).patch_embed.weight.equal(ema.patch_embed.weight)
+    assert load(last).patch_embed.weight.equal(ema.patch_embed.weight)
+    assert not load(tmp_path, weights="model").patch_embed.weight.equal(ema.patch_embed.weight)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(tmp_path, name):
+    older, ema = checkpoint(tmp_path / "checkpoints", 5, seed=0)
+    newer, _ = checkpoint(tmp_path / "checkpoints", 10, seed=7)
+    content = (newer / name).read_bytes()
+    (newer / name).write_bytes(content[: len(content) * 2 // 3])
+    with pytest.warns(UserWarning, match="checkpoint step-10 is skipped"):
+        assert newest_checkpoint(tmp_path / "checkpoints") == older
+    with pytest.warns(UserWarning, match="step-10"):
+        assert load(tmp_path).patch_embed.weight.equal(ema.patch_embed.weight)
+    (older / name).unlink()
+    with pytest.raises(InputError, match="no checkpoint in .* can be read"), pytest.warns(UserWarning, match="step-10"):
+        load(tmp_path)
+
+
+def test_half_written_checkpoints_are_never_seen(tmp_path):
+    finished, _ = checkpoint(tmp_path, 5, seed=0)
+    (tmp_path / ".partial-step-10").mkdir()
+    (tmp_path / ".partial-step-10" / "model.safetensors").write_bytes(b"half")
+    assert newest_checkpoint(tmp_path) == finished
+    checkpoint(tmp_path, 10, seed=1)  # and do not stand in the way of the next try
+    assert not (tmp_path / ".partial-step-10").exists()
+
+
+def test_what_cannot_be_loaded_is_said(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        load(tmp_path / "nothing")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match="has no checkpoint yet"):
+        load(tmp_path / "run")
+    with pytest.raises(InputError, match=r"ema.safetensors does not exist"):
+        load(tmp_path)
+    (tmp_path / "text.safetensors").write_text("not tensors")
+    with pytest.raises(InputError, match=r"text.safetensors is damaged or not a checkpoint"):
+        load(tmp_path / "text.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(InputError, match="holds no PixNerd configuration"):
+        load(tmp_path / "foreign.safetensors")
+
+
+def test_released_sizes_are_read_off_the_shapes():
+    model = load_released(GOLDEN)
+    assert model.num_classes == 10
+    assert model.config == ModelConfig(
+        width=48,
+        heads=2,
+        blocks=2,
+        patch_size=4,
+        image_size=64,
+        channels=3,
+        field_width=16,
+        field_blocks=2,
+        field_ratio=2,
+    )
+
+
+def altered(tmp_path, change):
+    contents = torch.load(GOLDEN, weights_only=True)
+    change(contents["state_dict"])
+    torch.save(contents, tmp_path / "altered.ckpt")
+    return tmp_path / "altered.ckpt"
+
+
+def test_released_without_ema_and_with_compiled_names(tmp_path):
+    reference = load_released(GOLDEN)
+
+    def compiled(state):
+        for key in list(state):
+            value = state.pop(key)
+            if key.startswith("ema_denoiser."):
+                state[key.replace("ema_denoiser.", "denoiser._orig_mod.")] = value
+        state["vae.decoder.weight"] = state["diffusion_trainer.x"] = torch.zeros(3)
+
+    model = load_released(altered(tmp_path, compiled))
+    assert model.patch_embed.weight.equal(reference.patch_embed.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda s: s.pop("ema_denoiser.final_layer.norm.weight"), r"missing \['head.norm.weight'\]"),
+        (
+            lambda s: s.update({"ema_denoiser.blocks.0.extra.weight": torch.zeros(1)}),
+            r"surplus \['blocks.0.extra.weight'\]",
+        ),
+        (
+            lambda s: s.update({"ema_denoiser.final_layer.norm.weight": torch.zeros(3)}),
+            r"head.norm.weight has shape \(3,\)",
+        ),
+        (lambda s: s.clear(), "does not hold PixNerd's weights: param_generator1 is missing"),
+    ],
+)
+def test_released_checkpoints_that_do_not_fit(tmp_path, change, sentence):
+    with pytest.raises(InputError, match=sentence):
+        load_released(altered(tmp_path, change))
+
+
+def test_code_in_a_pickle_does_not_run(tmp_path):
+    class Malice:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"state_dict": {"x": Malice()}}, tmp_path / "malice.ckpt")
+    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Malice()))
+    for name in ("malice.ckpt", "plain.ckpt"):
+        with pytest.raises(InputError, match="is damaged or not a checkpoint"):
+            load_released(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_truncated_released_file_is_said(tmp_path):
+    (tmp_path / "short.ckpt").write_bytes(Path(GOLDEN).read_bytes()[:100_000])
+    with pytest.raises(InputError, match=r"short.ckpt is damaged"):
+        load_released(tmp_path / "short.ckpt")
+
+
+def test_hub_ids_are_fetched_and_problems_said(monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repository: ["README.md", "weights.ckpt"])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, name: {"weights.ckpt": GOLDEN}[name])
+    assert load_released("someone/weights").num_classes == 10
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repository: ["a.ckpt", "b.ckpt"])
+    with pytest.raises(InputError, match=r"someone/weights has 2 checkpoints \(a.ckpt, b.ckpt\); name one"):
+        load_released("someone/weights")
+
+    def offline(*_):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", offline)
+    with pytest.raises(
+        InputError, match="is no file here and could not be fetched from the Hugging Face hub: no route"
+    ):
+        load_released("someone/weights")
+
+
+def test_converted_weights_are_the_released_ones(tmp_path):
+    from pixnerd.cli import main
+
+    for name in ("class_p4", "text_p4"):
+        main(["convert", f"tests/golden/{name}.ckpt", str(tmp_path / f"{name}.safetensors")])
+        ours, theirs = load(tmp_path / f"{name}.safetensors"), load_released(f"tests/golden/{name}.ckpt")
+        assert ours.config == theirs.config
+        assert all(ours.state_dict()[key].equal(tensor) for key, tensor in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("changes", [{}, {"field_blocks": 1, "blocks": 3}, {"channels": 1, "patch_size": 8}])
+def test_any_class_model_comes_back_from_the_released_layout(tmp_path, changes):
+    model = randomised(PixNerd(dataclasses.replace(TINY, **changes), 7))
+    torch.save({"state_dict": as_released(model)}, tmp_path / "released.ckpt")
+    again = load_released(tmp_path / "released.ckpt")
+    assert again.config == dataclasses.replace(model.config, image_size=16 * model.config.patch_size)
+    assert again.num_classes == 7
+    assert all(again.state_dict()[key].equal(tensor) for key, tensor in model.state_dict().items())

@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pixnerd import SIZES, InputError
+from pixnerd.config import TrainConfig
+from pixnerd.runs import Run
+
+
+def test_samples_are_written_as_uint8_nhwc_with_labels(tmp_path):
+    images = torch.tensor([-1.0, 0.0, 1.0, 3.0]).view(4, 1, 1, 1).expand(4, 3, 8, 8)
+    run = Run(tmp_path)
+    run.save_samples(images, torch.tensor([3, 1, 0, 2]), columns=2)
+    with np.load(tmp_path / "samples.npz") as file:
+        assert file["arr_0"].dtype == np.uint8
+        assert file["arr_0"].shape == (4, 8, 8, 3)
+    pixels, labels = run.load_samples()
+    assert pixels.shape == (4, 3, 8, 8)
+    assert pixels[:, 0, 0, 0].tolist() == [0, 128, 255, 255]
+    assert labels.tolist() == [3, 1, 0, 2]
+    grid = np.array(Image.open(tmp_path / "samples.png"))
+    assert grid.shape == (2 * 10 + 2, 2 * 10 + 2, 3)
+    assert grid[4, 14].tolist() == [128] * 3
+    assert grid[14, 4].tolist() == [255] * 3
+
+
+def test_grey_samples_become_three_equal_channels(tmp_path):
+    run = Run(tmp_path)
+    run.save_samples(torch.rand(2, 1, 4, 4) * 2 - 1, torch.tensor([0, 1]), columns=2)
+    pixels, _ = run.load_samples()
+    assert pixels.shape == (2, 3, 4, 4)
+    assert (pixels[:, :1] == pixels).all()
+
+
+def test_log_is_cut_at_a_step_and_a_half_line_is_left_out(tmp_path):
+    run = Run(tmp_path)
+    for step in (10, 20, 30):
+        run.log({"step": step, "loss": 1 / step})
+    with run.log_path.open("a") as file:
+        file.write('{"step": 40, "lo')
+    assert [entry["step"] for entry in run.read_log()] == [10, 20, 30]
+    run.cut_log(20)
+    run.log({"step": 25})
+    assert [entry["step"] for entry in run.read_log()] == [10, 20, 25]
+
+
+def test_the_same_run_goes_on_and_may_become_longer(tmp_path):
+    run = Run(tmp_path / "run")
+    run.begin(TrainConfig(steps=5, model=SIZES["nano/8"], betas=(0.9, 0.99)))
+    run.begin(TrainConfig(steps=9, model=SIZES["nano/8"], betas=(0.9, 0.99)))
+    assert run.config().steps == 9
+    with pytest.raises(InputError, match="model.width 64 there, 128 asked for"):
+        run.begin(TrainConfig(steps=9, model=SIZES["micro/8"], betas=(0.9, 0.99)))
+    assert run.config().model == SIZES["nano/8"]
+
+
+def test_an_executing_notebook_may_lie_in_the_folder_first(tmp_path):
+    (tmp_path / "quickstart.ipynb").write_text("{}")
+    Run(tmp_path).begin(TrainConfig(steps=5))
+
+
+def test_missing_files_are_said(tmp_path):
+    with pytest.raises(InputError, match="holds no run"):
+        Run(tmp_path).config()
+    with pytest.raises(InputError, match="run `pixnerd sample"):
+        Run(tmp_path).load_samples()

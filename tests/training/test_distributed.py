@@ -1,0 +1,124 @@
+"""Two processes on a CPU (gloo), started by torchrun as on a cluster, beside one that computes everything alone."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import deserialize
+
+from pixnerd import InputError, load
+from pixnerd.distributed import World
+from pixnerd.runs import Run
+from pixnerd.training import train
+
+from . import distributed_worker
+from .distributed_worker import KILLED_AFTER, STEPS, WAYS
+
+ROOT = Path(__file__).parents[2]
+ways = pytest.mark.parametrize("way", WAYS)
+
+
+def torchrun(*arguments, processes=2, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, *map(str, arguments)], cwd=ROOT, env=environment, **options)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Runs that nobody stopped; and runs whose processes were killed past step 7, as they were then, and resumed."""
+    root = tmp_path_factory.mktemp("distributed")
+    for name in ("straight", "resumed"):
+        (root / name).mkdir()
+    worker = "tests.training.distributed_worker"
+    assert torchrun(worker, root / "straight", "straight").wait() == 0
+    killed = torchrun(worker, root / "resumed", "killed", stderr=subprocess.PIPE, text=True)
+    assert "SIGKILL" in killed.communicate()[1]
+    shutil.copytree(root / "resumed", root / "killed")
+    assert torchrun(worker, root / "resumed", "resumed").wait() == 0
+    return root
+
+
+def losses(folder, way):
+    return json.loads((folder / f"{way}.json").read_text())
+
+
+def tensors(folder):
+    """Every file's tensors as bytes; the order of a header's entries is no part of them."""
+    read = {path.relative_to(folder): deserialize(path.read_bytes()) for path in folder.rglob("*.safetensors")}
+    return {path: {name: bytes(entry["data"]) for name, entry in entries} for path, entries in read.items()}
+
+
+@ways
+def test_killed_and_resumed_is_the_same_run_bit_for_bit(folders, way):
+    """Model, both moving averages and the optimiser, as every process wrote them."""
+    straight = folders / "straight" / way / "checkpoints" / f"step-{STEPS}"
+    assert tensors(straight) == tensors(folders / "resumed" / way / "checkpoints" / f"step-{STEPS}")
+    assert (straight / "ema-0.5.safetensors").is_file()
+    assert len(list(straight.glob("shards/*.safetensors"))) == (2 if WAYS[way].get("shard") else 0)
+    assert losses(folders / "resumed", way) == losses(folders / "straight", way)[KILLED_AFTER:]
+    assert [entry["step"] for entry in Run(folders / "resumed" / way).read_log()] == [5, 10, 15, 20]
+
+
+@ways
+def test_two_processes_train_what_one_trains(folders, way, tmp_path):
+    """The global batch, its noise and its times are the same; only the order of sums differs."""
+    alone = distributed_worker.alone(tmp_path, way)
+    assert losses(folders / "straight", way) == pytest.approx(alone, rel=1e-4)
+    mine, theirs = load(tmp_path / way).state_dict(), load(folders / "straight" / way).state_dict()
+    for name, weight in mine.items():
+        torch.testing.assert_close(theirs[name], weight, atol=2e-3, rtol=1e-2)
+    log, other = Run(tmp_path / way).read_log(), Run(folders / "straight" / way).read_log()
+    for mine, theirs in zip(log, other, strict=True):
+        assert [loss or 0 for loss in theirs["loss_by_t"]] == pytest.approx(
+            [loss or 0 for loss in mine["loss_by_t"]],
+            rel=1e-3,  # None for a tenth of t without images
+        )
+        assert theirs["gradient_norm"] == pytest.approx(mine["gradient_norm"], rel=1e-3)
+
+
+@ways
+def test_one_process_goes_on_with_what_two_began(folders, way, tmp_path):
+    shutil.copytree(folders / "killed" / way, tmp_path / way)
+    if WAYS[way].get("shard"):  # the one process keeps the model whole: that setting may change between stop and resume
+        assert (tmp_path / way / "checkpoints" / f"step-{KILLED_AFTER}" / "shards").is_dir()
+    rest = distributed_worker.alone(tmp_path, way)
+    assert rest == pytest.approx(losses(folders / "straight", way)[KILLED_AFTER:], rel=1e-4)
+
+
+def test_sigterm_writes_a_checkpoint_and_ends_well(tmp_path):
+    """A single process ends with 0; the same command then goes on."""
+    flags = ["--data", "synthetic", "--size", "nano/8", "--model.image-size", "16", "--batch-size", "4"]
+    flags += ["--out", str(tmp_path / "run"), "--steps", "100000", "--log-every", "1", "--checkpoint-every", "100000"]
+    command = [sys.executable, "-m", "pixnerd", "train", *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while len(Run(tmp_path / "run").read_log()) < 3:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    step = int((tmp_path / "run/checkpoints/latest").read_text().removeprefix("step-"))
+    assert f"stopped after step {step}, as told" in out
+    assert step == Run(tmp_path / "run").read_log()[-1]["step"]
+
+
+def test_positions_cover_the_batch_once():
+    worlds = [World(rank, 3, torch.device("cpu")) for rank in range(3)]
+    assert [i for world in worlds for i in world.positions(12)] == list(range(12))
+
+
+def test_bad_spreading_is_refused(tmp_path):
+    config = distributed_worker.config(tmp_path, "replicated")
+    with pytest.raises(InputError, match="batch_size 8 cannot be shared evenly by 1 processes in 3 parts each"):
+        train(replace(config, accumulate=3), torch.device("cpu"))
+    with pytest.raises(InputError, match="shard is on, but this process is alone: start it with torchrun"):
+        next(train(replace(config, shard=True), torch.device("cpu")))

@@ -1,0 +1,121 @@
+"""Kill −9 at random moments, in the middle of writing a checkpoint too: no announced step is lost, no half is read.
+
+The training runs are children of one process that has imported torch already (python -m tests.training.test_killed):
+each is there in milliseconds, and can be killed like any other.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pixnerd.runs import Run
+from pixnerd.runs.checkpoints import newest_checkpoint
+
+KILLS = 20
+STEPS = 240
+EVERY = 3  # steps between checkpoints
+
+
+def serve():
+    """For each folder in stdin: train there in a process of its own, tell its number, its steps, and how it ended."""
+    import torch
+
+    from pixnerd.training import train
+
+    from .test_training import CPU, config_for
+
+    torch.set_num_threads(1)  # a fork does not take a pool of threads along
+    for line in sys.stdin:
+        config = config_for(line.strip(), steps=STEPS, checkpoint_every=EVERY, keep_checkpoints=2, log_every=10)
+        pid = os.fork()
+        if not pid:
+            for record in train(config, CPU):
+                print(f"step {record.step}", flush=True)
+            os._exit(0)
+        print(f"pid {pid}", flush=True)
+        print(f"end {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}", flush=True)
+
+
+def answers(server, last):
+    """The server's next lines up to the first of word `last`, as (word, number)."""
+    found = []
+    for line in server.stdout:
+        word, number = line.split()
+        found.append((word, int(number)))
+        if word == last:
+            return found
+    raise AssertionError(f"the training process ended; {last} was awaited")
+
+
+def answer(server, word):
+    return answers(server, word)[-1][1]
+
+
+def start(server, folder):
+    print(folder, file=server.stdin, flush=True)
+    return answer(server, "pid")
+
+
+def announced(folder):
+    """The step that `latest` names: what whoever looks may rely on."""
+    latest = folder / "checkpoints" / "latest"
+    return int(latest.read_text().strip().removeprefix("step-")) if latest.exists() else 0
+
+
+def newest(folder):
+    checkpoint = newest_checkpoint(folder / "checkpoints")
+    return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
+
+
+def logged_steps(folder):
+    return [entry["step"] for entry in Run(folder).read_log()]
+
+
+def half_written(folder):
+    return list((folder / "checkpoints").glob(".partial-*"))
+
+
+def final_files(folder):
+    return {path.name: path.read_bytes() for path in (folder / "checkpoints" / f"step-{STEPS}").iterdir()}
+
+
+def test_twenty_kills_lose_no_announced_step_and_change_nothing(tmp_path):
+    command = [sys.executable, "-m", "tests.training.test_killed"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[2]}
+    killed, straight = tmp_path / "killed", tmp_path / "straight"
+    moments, seen_half = random.Random(0), 0
+    with subprocess.Popen(command, **pipes) as server:
+        for kill in range(KILLS):
+            kept = newest(killed)
+            pid = start(server, killed)
+            if kill % 4:  # every fourth dies while it starts
+                assert answer(server, "step") == kept + 1
+            if kill % 2:
+                leftovers = half_written(killed)
+                deadline = time.monotonic() + 30
+                while half_written(killed) in ([], leftovers) and time.monotonic() < deadline:
+                    pass
+            else:
+                time.sleep(moments.uniform(0, 0.2))
+            promised = announced(killed)
+            os.kill(pid, signal.SIGKILL)
+            *steps, (_, code) = answers(server, "end")
+            assert code == -signal.SIGKILL, "it failed, or was done before it was killed: then STEPS is too small"
+            seen_half += bool(half_written(killed))
+            assert newest(killed) >= max([promised, *(step for _, step in steps if step % EVERY == 0)])
+        for folder in (killed, straight):
+            start(server, folder)
+            assert answer(server, "end") == 0
+        server.stdin.close()
+    assert seen_half >= KILLS // 5  # or nothing was shown about half-written ones
+    assert final_files(killed) == final_files(straight)  # weights, averages and optimiser, bit for bit
+    assert logged_steps(killed) == logged_steps(straight) == list(range(10, STEPS + 1, 10))
+    assert not [path for path in (killed / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+if __name__ == "__main__":
+    serve()

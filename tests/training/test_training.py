@@ -1,0 +1,513 @@
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from pixnerd import InputError, ModelConfig, data, flow, load, training
+from pixnerd.conditions import training_conditions
+from pixnerd.model import PixNerd
+from pixnerd.randomness import Purpose, derived_seed
+from pixnerd.runs import Run
+from pixnerd.text import TextModelConfig
+from pixnerd.training import NonFiniteLoss, TrainConfig, draw_step, step_indices, step_size, train
+
+from ..plain import network
+
+CPU = torch.device("cpu")
+MODEL = ModelConfig(width=16, heads=2, blocks=1, patch_size=8, image_size=16, field_width=4, field_blocks=1)
+
+
+def config_for(folder, **changes):
+    defaults = {
+        "out": str(folder),
+        "data": "synthetic",
+        "model": MODEL,
+        "steps": 12,
+        "batch_size": 8,
+        "learning_rate": 1e-2,
+        "ema_decay": 0.9,
+        "log_every": 4,
+        "checkpoint_every": 5,
+        "horizontal_flip": True,
+        "clip": 1.0,
+    }
+    return TrainConfig(**{**defaults, **changes})
+
+
+def final_files(folder):
+    checkpoint = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
+    return {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run that nobody interrupted: its folder and its losses."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    return folder, [float(record.loss) for record in train(config_for(folder), CPU)]
+
+
+@pytest.mark.parametrize("stops", [(7,), (1, 2, 11)], ids=["once", "often"])
+def test_stopped_and_resumed_is_the_same_run(tmp_path, straight, stops):
+    folder, losses = tmp_path / "run", []
+    for stop in (*stops, None):
+        for record in train(config_for(folder), CPU):
+            losses.append(float(record.loss))
+            if record.step == stop:
+                break
+    assert losses == straight[1]
+    assert final_files(folder) == final_files(straight[0])  # model, EMA and optimiser, bit for bit
+    assert [entry["step"] for entry in Run(folder).read_log()] == [4, 8, 12]
+
+
+def test_a_crash_between_checkpoints_loses_only_what_came_after(tmp_path, straight):
+    """A killed process writes nothing any more: what is on the disk is the last checkpoint and a longer log."""
+    folder = tmp_path / "run"
+    records = train(config_for(folder), CPU)
+    for record in records:
+        if record.step == 9:
+            break
+    killed = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    records.close()
+    for path in folder.rglob("*"):
+        if path.is_file() and path not in killed:
+            path.unlink()
+    for path, content in killed.items():
+        path.write_bytes(content)
+    for path in (folder / "checkpoints").iterdir():
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+    assert [record.step for record in train(config_for(folder), CPU)] == list(range(6, 13))
+    assert final_files(folder) == final_files(straight[0])
+    assert [entry["step"] for entry in Run(folder).read_log()] == [4, 8, 12]
+
+
+def test_a_finished_run_has_nothing_to_do(straight):
+    assert list(train(config_for(straight[0]), CPU)) == []
+
+
+def test_training_learns(tmp_path):
+    losses = [float(r.loss) for r in train(config_for(tmp_path / "run", steps=150, checkpoint_every=150), CPU)]
+    assert sum(losses[-20:]) < 0.75 * sum(losses[:20])
+
+
+def test_one_step_is_adamw_on_the_loss(tmp_path):
+    """The first step by hand: the loss from the drawn noise, times and labels; AdamW's first step is lr·sign(g)."""
+    config = config_for(tmp_path / "run", steps=1, clip=None, label_dropout=0.5)
+    record = next(iter(train(config, CPU)))
+    after = load(tmp_path / "run", weights="model")
+    with torch.random.fork_rng():
+        torch.manual_seed(derived_seed(0, Purpose.INITIAL_WEIGHTS))
+        before = PixNerd(MODEL, 10)
+    dataset = data.load("synthetic", 16)
+    indices = step_indices(len(dataset), config, 0, range(8))
+    draws = draw_step(config, 0, range(8), (3, 16, 16), CPU)
+    images = torch.stack([dataset[i][0].flip(-1) if f else dataset[i][0] for i, f in zip(indices, draws.flipped)])  # noqa: B905
+    labels = torch.tensor([10 if d else dataset[i][1] for i, d in zip(indices, draws.dropped)])  # noqa: B905
+    t = draws.t.view(-1, 1, 1, 1)
+    x_t = t * images + (1 - t) * draws.noise
+    v = network(dict(before.named_parameters()), MODEL, x_t, draws.t, labels)
+    loss = (v - (images - draws.noise)).square().mean()
+    torch.testing.assert_close(record.loss, loss.detach())
+    (gradient,) = torch.autograd.grad(loss, before.head.out.weight)
+    torch.testing.assert_close(after.head.out.weight, -config.learning_rate * gradient.sign(), atol=1e-5, rtol=1e-3)
+    assert 0 < draws.dropped.sum() < 8
+    assert 0 < draws.flipped.sum() < 8
+
+
+def test_ema_is_the_weighted_sum_of_all_weights(tmp_path):
+    weights = []
+    config = config_for(tmp_path / "run", steps=6, checkpoint_every=1, keep_checkpoints=6)
+    for record in train(config, CPU):
+        weights.append(load(tmp_path / "run" / "checkpoints" / f"step-{record.step}", weights="model")) if (
+            tmp_path / "run" / "checkpoints" / f"step-{record.step}"
+        ).exists() else None
+    assert len(weights) == 6
+    expected = weights[0].patch_embed.weight
+    for model in weights[1:]:
+        expected = 0.9 * expected + 0.1 * model.patch_embed.weight
+    averaged = load(tmp_path / "run").patch_embed.weight
+    torch.testing.assert_close(averaged, expected)
+    assert not torch.allclose(averaged, weights[-1].patch_embed.weight, atol=1e-4)
+    assert averaged.dtype == torch.float32
+
+
+def test_draws_belong_to_positions_of_the_global_batch():
+    config = config_for("unused")
+    whole = draw_step(config, 3, range(8), (3, 4, 4), CPU)
+    halves = [draw_step(config, 3, positions, (3, 4, 4), CPU) for positions in (range(4), range(4, 8))]
+    for name in whole._fields:
+        joined = torch.cat([getattr(half, name) for half in halves])
+        assert getattr(whole, name).equal(joined), name
+    later = draw_step(config, 4, range(8), (3, 4, 4), CPU)
+    assert not torch.isclose(whole.noise, later.noise).any()
+    assert not torch.isclose(whole.t, later.t).any()
+
+
+def test_draws_have_the_stated_distributions():
+    config = config_for("unused", label_dropout=0.1)
+    draws = [draw_step(config, step, range(64), (1, 4, 4), CPU) for step in range(60)]
+    noise, t, dropped, flipped, caption = (torch.cat(parts) for parts in zip(*draws, strict=True))
+    assert noise.mean().abs() < 0.02
+    assert noise.std() == pytest.approx(1, abs=0.02)
+    assert torch.logit(t).mean().abs() < 0.06
+    assert torch.logit(t).std() == pytest.approx(1, abs=0.05)
+    assert dropped.double().mean() == pytest.approx(0.1, abs=0.02)
+    assert flipped.double().mean() == pytest.approx(0.5, abs=0.04)
+    assert caption.mean() == pytest.approx(0.5, abs=0.02)
+    assert torch.corrcoef(torch.stack((torch.logit(t), dropped.float(), flipped.float())))[0, 1:].abs().max() < 0.06
+
+
+def test_every_image_once_an_epoch_and_resuming_keeps_the_order():
+    config = config_for("unused", batch_size=7, steps=40)
+    order = [i for step in range(40) for i in step_indices(20, config, step, range(7))]
+    epochs = [order[i : i + 20] for i in range(0, 280, 20)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    halves = [step_indices(20, config, 11, part) for part in (range(0, 3), range(3, 7))]  # two devices share a step
+    assert halves[0] + halves[1] == order[77:84]
+
+
+def test_learning_rate_schedule():
+    config = config_for("unused", learning_rate=2.0, warmup_steps=4, steps=10, decay="linear")
+    assert [training.learning_rate(config, step) for step in (0, 1, 5, 9)] == pytest.approx([0.5, 0.9, 1.0, 0.2])
+    constant = dataclasses.replace(config, decay="constant", warmup_steps=0)
+    assert {training.learning_rate(constant, step) for step in range(10)} == {2.0}
+
+
+def test_log_holds_the_mean_loss_and_the_loss_by_t(tmp_path, straight):
+    folder, losses = straight
+    log = Run(folder).read_log()
+    assert [entry["loss"] for entry in log] == pytest.approx([sum(losses[i : i + 4]) / 4 for i in (0, 4, 8)], rel=1e-5)
+    config = config_for(folder)
+    times = torch.cat([draw_step(config, step, range(8), (3, 16, 16), CPU).t for step in range(4)])
+    counts = torch.bincount((10 * times).long(), minlength=10)
+    by_t = log[0]["loss_by_t"]
+    assert [entry is None for entry in by_t] == [n == 0 for n in counts]
+    total = sum(float(n) * (entry or 0) for n, entry in zip(counts, by_t, strict=True))
+    assert total / 32 == pytest.approx(log[0]["loss"], rel=1e-4)
+    assert all(entry["images_per_second"] > 0 for entry in log)
+
+
+def test_non_finite_loss_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    calls = 0
+    true_loss = flow.loss
+
+    def loss(*args):
+        nonlocal calls
+        calls += 1
+        losses = true_loss(*args)
+        return losses._replace(mean=losses.mean * math.nan) if calls == 8 else losses
+
+    monkeypatch.setattr(flow, "loss", loss)
+    with pytest.raises(NonFiniteLoss, match="loss of step 8 is not finite; step 5 is kept"):
+        list(train(config_for(tmp_path / "run"), CPU))
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step-5\n"
+    assert load(tmp_path / "run").patch_embed.weight.isfinite().all()
+
+
+def test_unreadable_image_is_named_and_the_steps_done_are_kept(tmp_path, monkeypatch):
+    def batch(self, indices):
+        if 3 in indices:
+            raise InputError("image 3 cannot be read")
+        return original(self, indices)
+
+    original = data.Synthetic.batch
+    monkeypatch.setattr(data.Synthetic, "batch", batch)
+    config = config_for(tmp_path / "run", steps=200, checkpoint_every=200)
+    fatal = next(step for step in range(200) if 3 in step_indices(1000, config, step, range(8)))
+    with pytest.raises(InputError, match="image 3 cannot be read"):
+        list(train(config, CPU))
+    assert (tmp_path / "run/checkpoints/latest").read_text() == f"step-{fatal}\n"
+
+
+def test_bfloat16_stays_near_float32(tmp_path):
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        config = config_for(tmp_path / precision, precision=precision, steps=20)
+        losses[precision] = [float(record.loss) for record in train(config, CPU)]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.03)
+    assert losses["bfloat16"] != losses["float32"]
+    assert load(tmp_path / "bfloat16").patch_embed.weight.dtype == torch.float32
+
+
+def test_fields_are_trained_at_every_decode_size_and_resume_exactly(tmp_path, monkeypatch):
+    """The loss of a step, by hand: the drawn size's images, and a transformer that sees the model's own size."""
+    config = config_for(tmp_path / "run", decode_sizes=(16, 24, 48), steps=9, horizontal_flip=False, label_dropout=0)
+    sizes = [step_size(config, step) for step in range(9)]
+    assert set(sizes) == {16, 24, 48}
+    first = [float(record.loss) for record in train(config, CPU)]
+    with torch.random.fork_rng():
+        torch.manual_seed(derived_seed(0, Purpose.INITIAL_WEIGHTS))
+        model = PixNerd(MODEL, 10)
+    dataset = data.load("synthetic", sizes[0])
+    images, labels = map(
+        torch.stack, zip(*((x, torch.tensor(y)) for x, y in batch_of(dataset, config, 0)), strict=True)
+    )
+    draws = draw_step(config, 0, range(8), (3, sizes[0], sizes[0]), CPU)
+    expected = flow.loss(model, images, labels, draws.noise, draws.t, base_resolution=(16, 16)).mean
+    assert first[0] == pytest.approx(expected.item(), rel=1e-6)
+    again = dataclasses.replace(config, out=str(tmp_path / "again"))
+    losses = []
+    for stop in (4, None):
+        for record in train(again, CPU):
+            losses.append(float(record.loss))
+            if record.step == stop:
+                break
+    assert losses == first
+
+
+def batch_of(dataset, config, step):
+    return [dataset[i] for i in step_indices(len(dataset), config, step, range(config.batch_size))]
+
+
+class Means:
+    """A teacher that sees the mean colour of every token's part, and counts the images it looked at."""
+
+    name, features, seen = "means", 3, 0
+
+    def tokens(self, images, grid):
+        Means.seen += len(images)
+        return torch.nn.functional.adaptive_avg_pool2d(images, grid).flatten(2).transpose(1, 2)
+
+
+def test_alignment_teaches_a_block_the_teachers_features(tmp_path, monkeypatch):
+    """The angle shrinks; a run stopped and resumed is the same run; a cached teacher looks at every image once."""
+    monkeypatch.setattr("pixnerd.frozen.load", lambda *_: Means())
+    options = {"align": "means", "align_block": 1, "steps": 60, "log_every": 20, "clip": None, "batch_size": 40}
+    config = config_for(tmp_path / "run", **options, checkpoint_every=25)
+    records = train(config, CPU)
+    next(records)
+    records.close()  # stopped and resumed: the projector and its moments are part of the state
+    list(train(config, CPU))
+    aligned = [entry["alignment"] for entry in Run(tmp_path / "run").read_log()]
+    assert aligned[-1] < 0.85 * aligned[0]
+    straight = dataclasses.replace(config, out=str(tmp_path / "straight"))
+    list(train(straight, CPU))
+    assert final_files(tmp_path / "run") == final_files(tmp_path / "straight")
+    assert "projector.safetensors" in final_files(tmp_path / "run")
+
+    Means.seen = 0
+    cached = dataclasses.replace(config, out=str(tmp_path / "cached"), cache_teacher=True, horizontal_flip=False)
+    list(train(cached, CPU))
+    assert Means.seen == 1000  # images of the data set, in 60 · 40 places
+
+
+class Pooled(torch.nn.Module):
+    """Two layers of features that make up a network of the user's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 5, 3)
+
+    def forward(self, images):
+        return [self.layer(images), torch.nn.functional.avg_pool2d(images, 4)]
+
+
+def test_perceptual_loss_of_an_exported_network_joins_the_loss(tmp_path, perceptual_network):
+    """It is logged, changes the weights in proportion to its weight, and a resumed run is the same run."""
+    config = config_for(tmp_path / "run", perceptual=str(perceptual_network), perceptual_weight=0.5)
+    records = train(config, CPU)
+    for _ in range(7):
+        next(records)
+    records.close()
+    list(train(config, CPU))
+    log = Run(tmp_path / "run").read_log()
+    assert all(0 < entry["perceptual"] < 4 for entry in log)
+
+    weights = {}
+    for weight in (0.0, 0.5):
+        changed = dataclasses.replace(config, out=str(tmp_path / f"weight {weight}"), perceptual_weight=weight)
+        list(train(changed, CPU))
+        weights[weight] = final_files(tmp_path / f"weight {weight}")
+    plain = config_for(tmp_path / "plain")
+    list(train(plain, CPU))
+    assert final_files(tmp_path / "run") == weights[0.5]
+    assert final_files(tmp_path / "plain")["model.safetensors"] == weights[0.0]["model.safetensors"]
+    assert weights[0.0]["model.safetensors"] != weights[0.5]["model.safetensors"]
+    assert "perceptual" not in Run(tmp_path / "plain").read_log()[0]
+
+
+def test_perceptual_loss_lowers_what_it_measures(tmp_path, perceptual_network):
+    def last(weight):
+        config = config_for(
+            tmp_path / str(weight), perceptual=str(perceptual_network), perceptual_weight=weight, steps=60, log_every=60
+        )
+        list(train(config, CPU))
+        return Run(tmp_path / str(weight)).read_log()[0]["perceptual"]
+
+    assert last(100.0) < last(0.0)
+
+
+@pytest.fixture(scope="module")
+def perceptual_network(tmp_path_factory):
+    path = tmp_path_factory.mktemp("network") / "pooled.pt2"
+    torch.manual_seed(0)
+    example = torch.zeros(2, 3, 16, 16)
+    batch = {"images": {0: torch.export.Dim("batch", min=1, max=64)}}
+    torch.export.save(torch.export.export(Pooled(), (example,), dynamic_shapes=batch), path)
+    return path
+
+
+def test_a_perceptual_network_that_cannot_be_read_is_refused_before_there_is_a_run(tmp_path):
+    with pytest.raises(InputError, match=r"perceptual is 'nothing.pt2'; it has to be efficientnet or a file that"):
+        train(config_for(tmp_path / "run", perceptual="nothing.pt2"), CPU)
+    wrong = tmp_path / "wrong.pt2"
+    wrong.write_bytes(b"no archive")
+    with pytest.raises(InputError, match=r"wrong.pt2 is not a network that torch.export.save wrote"):
+        train(config_for(tmp_path / "run", perceptual=str(wrong)), CPU)
+    with pytest.raises(InputError, match="perceptual_weight is -1; it cannot be negative"):
+        config_for(tmp_path / "run", perceptual_weight=-1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_alignment_ends_when_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("pixnerd.frozen.load", lambda *_: Means())
+    Means.seen = 0
+    config = config_for(tmp_path / "run", align="means", align_block=1, align_until=4)
+    list(train(config, CPU))
+    assert Means.seen == 4 * config.batch_size
+    assert ["alignment" in entry for entry in Run(tmp_path / "run").read_log()] == [True, False, False]
+    with pytest.raises(InputError, match="align_block is 8; the model has blocks 1 … 1"):
+        config_for("unused", align="means", align_block=8)
+
+
+def test_frequency_weights_replace_the_plain_mean_square(tmp_path):
+    """Quality 100 has equal weights, so it is the plain loss; quality 50 is not."""
+    first = {}
+    for quality in (None, 100, 50):
+        config = config_for(tmp_path / str(quality), frequency_quality=quality, steps=1)
+        first[quality] = float(next(train(config, CPU)).loss)
+    assert first[100] == pytest.approx(first[None], rel=1e-5)
+    assert first[50] != pytest.approx(first[None], rel=1e-2)
+    with pytest.raises(InputError, match="JPEG quality is 0"):
+        config_for("unused", frequency_quality=0)
+
+
+def test_decode_sizes_have_to_fit_the_tokens():
+    with pytest.raises(InputError, match="image height 25 cannot be shared by the 2 patches of base height 16"):
+        config_for("unused", decode_sizes=(16, 25))
+    with pytest.raises(InputError, match="a linear head draws at its base resolution alone"):
+        config_for("unused", decode_sizes=(32,), model=dataclasses.replace(MODEL, head="linear"))
+
+
+def test_start_from_takes_the_moving_average_of_another_run(tmp_path, straight):
+    """With a learning rate of nothing the weights stay what they were, also at another image size."""
+    larger = dataclasses.replace(MODEL, image_size=32)
+    config = config_for(
+        tmp_path / "run", steps=2, learning_rate=1e-30, start_from=str(straight[0]), model=larger, ema_decay=0.5
+    )
+    list(train(config, CPU))
+    for name, weight in load(straight[0]).state_dict().items():
+        assert load(tmp_path / "run", weights="model").state_dict()[name].equal(weight)
+        assert load(tmp_path / "run").state_dict()[name].equal(weight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"start_from": "nothing"}, "nothing does not exist"),
+        ({"model": dataclasses.replace(MODEL, width=32)}, "is another network: width 16 → 32"),
+        ({"model": dataclasses.replace(MODEL, prediction="x")}, "is another network: prediction v → x"),
+        ({"data": "digits", "model": dataclasses.replace(MODEL, image_size=32)}, "channels 3 → 1"),
+    ],
+    ids=["missing", "width", "prediction", "channels"],
+)
+def test_bad_start_is_refused_before_a_folder_is_made(tmp_path, straight, changes, sentence):
+    config = config_for(tmp_path / "run", **{"start_from": str(straight[0]), **changes})
+    with pytest.raises(InputError, match=sentence):
+        train(config, CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_config_survives_json(tmp_path):
+    config = config_for(tmp_path, decode_sizes=(16, 32), sampling=training.SamplingConfig(steps=3, interval=None))
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"label_dropout": 1.5}, "label_dropout is 1.5"),
+        ({"ema_decay": -0.1}, "ema_decay is -0.1"),
+        ({"clip": 0.0}, "clip is 0.0"),
+        ({"warmup_steps": -1}, "warmup_steps is -1"),
+        (
+            {"data": "cifar"},
+            "data set 'cifar' is unknown; known: digits, emoji, emoji:WORDS, synthetic, folder:PATH",
+        ),
+        ({"data": "folder:/nowhere"}, "/nowhere does not exist"),
+    ],
+)
+def test_bad_configuration_is_refused_before_anything_is_written(tmp_path, changes, sentence):
+    with pytest.raises(InputError, match=sentence):
+        train(config_for(tmp_path / "run", **changes), CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_runs_folder_is_refused(tmp_path, straight):
+    with pytest.raises(InputError, match="already holds another run .*learning_rate 0.01 there, 0.5 asked for"):
+        train(config_for(straight[0], learning_rate=0.5), CPU)
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        train(config_for(tmp_path), CPU)
+    with pytest.raises(InputError, match="is a file"):
+        train(config_for(tmp_path / "letter.txt"), CPU)
+
+
+def test_text_models_train_on_captions_through_the_same_loop(tmp_path, monkeypatch, tiny_folder):
+    """Resumed bit for bit; the captions shown are the drawn ones, the dropped ones empty."""
+    monkeypatch.setenv("PIXNERD_DATA", str(tmp_path / "data"))
+
+    def captioned(name, image_size):
+        gratings = original(name, image_size)
+        gratings.captions = [("a cat", "a red cat") if i % 2 else ("a blue dog",) for i in range(len(gratings))]
+        return gratings
+
+    original = data.load
+    monkeypatch.setattr(data, "load", captioned)
+    model = TextModelConfig(
+        width=16,
+        heads=2,
+        blocks=1,
+        patch_size=8,
+        image_size=16,
+        field_width=4,
+        field_blocks=1,
+        text_blocks=1,
+        text_features=12,
+        text_length=6,
+    )
+    options = {"model": model, "text_encoder": str(tiny_folder), "label_dropout": 0.3}
+    straight = [float(r.loss) for r in train(config_for(tmp_path / "a", **options), CPU)]
+    losses = []
+    for stop in (5, None):
+        for record in train(config_for(tmp_path / "b", **options), CPU):
+            losses.append(float(record.loss))
+            if record.step == stop:
+                break
+    assert losses == straight
+    assert final_files(tmp_path / "a") == final_files(tmp_path / "b")
+
+    shown = []
+    conditions = training_conditions(config_for(tmp_path / "c", **options), captioned("synthetic", 16), CPU)
+    encode = conditions.encode_text
+    conditions.encode_text = lambda captions: shown.extend(captions) or encode(captions)
+    draws = draw_step(config_for("unused", label_dropout=0.3), 0, range(200), (3, 2, 2), CPU)
+    assert conditions.of_images(torch.zeros(200), torch.arange(200), draws.dropped, draws.caption).shape == (200, 6, 12)
+    assert [caption == "" for caption in shown] == draws.dropped.tolist()
+    odd = [caption for caption in shown[1::2] if caption]
+    assert {caption for caption in shown[::2] if caption} == {"a blue dog"}
+    assert 0.3 < odd.count("a red cat") / len(odd) < 0.7
+
+    wider = config_for(tmp_path / "d", **{**options, "model": dataclasses.replace(model, text_features=384)})
+    with pytest.raises(InputError, match="gives 12 features a token; the model reads 384"):
+        train(wider, CPU)
+    monkeypatch.setattr(data, "load", original)
+    options["model"] = dataclasses.replace(model, image_size=32)
+    with pytest.raises(InputError, match="data set 'digits' has no captions"):
+        train(config_for(tmp_path / "e", data="digits", **options), CPU)
