@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import importlib
 import re
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from pixnerd import data, frozen
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -144,3 +147,22 @@ def test_the_package_alone_imports_nothing_heavy():
     assert "torch" in found
     alone = loaded("import torch, torch.utils.flop_counter, torch.optim.swa_utils")
     assert not (HEAVY - alone) & found
+
+
+# --- what is named in one place is named so everywhere ----------------------------------------------------------------
+
+
+def test_the_book_lists_every_name_of_a_data_set():
+    page = (ROOT / "notebooks" / "command_line.md").read_text()
+    for form in data.NAMES.split(", "):
+        assert f"`{form}" in page, f"notebooks/command_line.md does not have {form}"
+
+
+def test_every_data_set_and_frozen_network_has_its_file():
+    for package, entries in (
+        ("data", [source.opener for source in data.DATA_SETS.values()]),
+        ("frozen", frozen.IMAGE_NETWORKS.values()),
+    ):
+        for entry in entries:
+            module, name = entry.split(".")
+            assert hasattr(importlib.import_module(f"pixnerd.{package}.{module}"), name)
