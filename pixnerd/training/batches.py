@@ -1,7 +1,7 @@
 """What a step sees: which images in which order, at which size, with which noise, times and dropout.
 
-Everything random in step n derives from (seed, n, position in the global batch), see `randomness.py`, so a run that was
-stopped and resumed equals one that was not. Dimension letters: B images, C channels, H × W pixels, S pixels of a side.
+Everything random in step n derives from (seed, n, position in the global batch), see `randomness.py`, so a resumed run
+is identical to an uninterrupted one. Dimension letters: B images, C channels, H × W pixels, S pixels along a side.
 """
 
 import functools
@@ -24,7 +24,7 @@ from ..randomness import Purpose, generator
 
 
 class StepDraws(NamedTuple):
-    """All that is random in a step, for the images at some positions of its global batch."""
+    """Everything random in a step, for the images at some positions in its global batch."""
 
     noise: Tensor  # [B, C, H, W] standard normal
     t: Tensor  # [B] in (0, 1)
@@ -50,20 +50,20 @@ def draw_step(
     return StepDraws(torch.stack(noise), t, drop < config.label_dropout, flipped, torch.stack(caption))
 
 
-@functools.lru_cache(maxsize=2)  # the batch at the end of an epoch needs two
+@functools.lru_cache(maxsize=2)  # a batch can span two epochs
 def shuffled(size: int, seed: int, epoch: int) -> Tensor:
-    """The order [size] in which an epoch goes through the data set."""
+    """The order [size] in which an epoch visits the images of the data set."""
     return torch.randperm(size, generator=generator(torch.device("cpu"), seed, Purpose.DATA_ORDER, epoch))
 
 
 def step_indices(size: int, config: TrainConfig, step: int, positions: range) -> list[int]:
-    """The data set's indices for the images at `positions` of a step's global batch: one shuffle after the other."""
-    numbers = (step * config.batch_size + position for position in positions)  # of images, since the first step
+    """Data set indices of the images at `positions` in a step's global batch: one shuffle after another."""
+    numbers = (step * config.batch_size + position for position in positions)  # of images since the first step
     return [int(shuffled(size, config.seed, number // size)[number % size]) for number in numbers]
 
 
 def step_size(config: TrainConfig, step: int) -> int:
-    """The side, in pixels, of the images of a step."""
+    """The side of a step's images, in pixels."""
     if not config.decode_sizes:
         return config.model.image_size
     g = generator(torch.device("cpu"), config.seed, Purpose.DECODE_SIZE, step)
@@ -74,22 +74,22 @@ def step_size(config: TrainConfig, step: int) -> int:
 
 
 class Batch(NamedTuple):
-    """What the model sees of a step, or of a part of it, on the training device."""
+    """What the model sees in a step, or in a part of one, on the training device."""
 
     image: Tensor  # [B, C, H, W] in [−1, 1], mirrored where `flipped`
-    condition: Tensor  # [B] labels, or [B, L, F] text features; without them where they are dropped
+    condition: Tensor  # [B] labels, or [B, L, F] text features; "none" where they were dropped
     noise: Tensor  # [B, C, H, W]
     t: Tensor  # [B]
     indices: Tensor  # [B], in the data set
     flipped: Tensor  # [B] bool
 
     def parts(self, count: int) -> Iterator["Batch"]:
-        """Cut into `count` batches, one after the other."""
+        """Split into `count` consecutive batches."""
         return (Batch(*tensors) for tensors in zip(*(tensor.chunk(count) for tensor in self), strict=True))
 
 
 class LoadedImages(NamedTuple):
-    """What the data set gives for a step."""
+    """A step's images as the data set stores them."""
 
     pixels: Tensor  # [B, C, S, S] uint8
     labels: Tensor  # [B]
@@ -97,9 +97,9 @@ class LoadedImages(NamedTuple):
 
 
 class StepImages(Dataset):
-    """The images of every step, by step; the data set is there once for each size that is decoded.
+    """The images of each step, indexed by step; `datasets` holds the data set at every decoded size.
 
-    Where an image cannot be read, the InputError that names it is handed over as a value: a worker process would wrap a
+    If an image cannot be read, the InputError that names it is returned as a value: a worker process would wrap a
     raised error in a traceback of its own.
     """
 
@@ -116,14 +116,14 @@ class StepImages(Dataset):
 
 
 def load_datasets(config: TrainConfig) -> dict[int, ImageDataset]:
-    """The training data at every size of the run. Raises InputError when it cannot be opened."""
+    """The training data at every image size of the run. Raises InputError when it cannot be opened."""
     return {size: data.load(config.data, size) for size in config.image_sizes}
 
 
 def step_batches(
     config: TrainConfig, datasets: dict[int, ImageDataset], conditions: Conditions, first: int, world: World
 ) -> Iterator[Batch]:
-    """This process's batch of each step from `first` on. Raises InputError when an image cannot be read."""
+    """This process's batch for each step from `first` on. Raises InputError when an image cannot be read."""
     positions = world.positions(config.batch_size)
     loader = DataLoader(
         StepImages(datasets, config, positions),

@@ -1,6 +1,6 @@
-"""The training loop, from top to bottom: the call and its checks, what a run is made of, its steps, what they leave.
+"""The training loop, from top to bottom: the call and its checks, the state of a run, its steps, its checkpoints.
 
-`train` is a generator with one record a step, so that the notebook, the command line and the tests read the same loop.
+`train` is a generator that yields one record per step: the notebook, the command line and the tests share this loop.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from .meters import Board, LossWindow, SpeedMeter
 class StepRecord(NamedTuple):
     """What `train` yields after every step."""
 
-    step: int  # steps done, 1 … config.steps
+    step: int  # steps completed, 1 … config.steps
     loss: Tensor  # 0-dim, on the training device: float(loss) waits for a GPU
     learning_rate: float
     model: PatchDenoiser  # the moving average so far; it changes with the next step
@@ -44,15 +44,15 @@ class StepRecord(NamedTuple):
 
 
 def train(config: TrainConfig, device: torch.device | None = None) -> Iterator[StepRecord]:
-    """Train, or go on with the run in `config.out`; one StepRecord for each step that is still to do.
+    """Train, or resume the run in `config.out`; yields one StepRecord for each remaining step.
 
-    The caller may stop at any step: the state is then saved, and the same call goes on from there.
+    The caller may stop at any step: the state is then saved, and the same call resumes from there.
 
-    Under torchrun every process calls this, and each computes its part of every batch; `device` is by default its GPU.
+    Under torchrun every process calls this and computes its share of every batch; `device` defaults to its own GPU.
 
     Raises:
-        InputError: at the call, before any work: data, sizes or folder that cannot work.
-        NonFiniteLoss: while iterating; the checkpoints written before stay.
+        InputError: at the call, before any work: the data, the sizes or the folder cannot be used.
+        NonFiniteLoss: while iterating; earlier checkpoints are kept.
     """
     world = join(device)
     datasets = load_datasets(config)
@@ -76,7 +76,7 @@ def train(config: TrainConfig, device: torch.device | None = None) -> Iterator[S
 
 
 def check_start(config: TrainConfig, num_classes: int | None) -> None:
-    """Raise InputError unless the weights of `config.start_from` are those of a network like the configured one."""
+    """Raise InputError unless the weights of `config.start_from` fit the configured network."""
     source = load(config.start_from)
     with torch.device("meta"):
         model = build_network(config.model, num_classes)
@@ -84,17 +84,17 @@ def check_start(config: TrainConfig, num_classes: int | None) -> None:
     if theirs != ours:
         raise InputError(f"start_from {config.start_from} is a {theirs}; this run trains a {ours}")
     found = [d._replace(name=d.name.removeprefix("config.")) for d in differences(source.about(), model.about())]
-    differ = [f"{d.name} {d.old} → {d.new}" for d in found if d.name != "image_size"]  # the weights fit every size
+    differ = [f"{d.name} {d.old} → {d.new}" for d in found if d.name != "image_size"]  # weights fit any size
     if differ:
         raise InputError(f"start_from {config.start_from} is another network: {', '.join(differ)}")
 
 
-# --- what a run is made of -------------------------------------------------------------------------------------------
+# --- the state of a run ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Job:
-    """What does not change while a run is trained."""
+    """What stays the same throughout a run."""
 
     config: TrainConfig
     run: Run
@@ -102,7 +102,7 @@ class Job:
     """by size in pixels"""
     conditions: Conditions
     terms: list[LossTerm]
-    """beside the velocity's loss"""
+    """the losses added to the velocity loss"""
     world: World
 
     @property
@@ -118,24 +118,24 @@ class Job:
 
 @dataclass
 class TrainingState:
-    """What every step changes."""
+    """What changes at every step."""
 
     models: dict[str, PatchDenoiser | nn.Module]
     """by checkpoint file: "model", which is trained; its moving averages "ema", …; the "projector" of REPA"""
     network: nn.Module
-    """the model as all processes train it together"""
+    """the model as the forward pass calls it: wrapped in DDP where processes replicate it"""
     optimizer: torch.optim.Optimizer
     step: int = 0
-    """steps whose result is in the weights"""
+    """steps completed"""
     saved: int = 0
     """the step of the newest checkpoint"""
-    whole: bool = True
-    """False while an update is under way, and after a loss that is not finite: then nothing may be saved"""
+    consistent: bool = True
+    """False during an update and after a non-finite loss: the state must not be saved then"""
     window: LossWindow = field(default_factory=LossWindow)
 
 
 def build_models(config: TrainConfig, num_classes: int | None, world: World, fresh: bool) -> dict[str, PatchDenoiser]:
-    """The model to train, "model", and its moving averages, "ema" and one for each extra decay, all equal so far."""
+    """The model to train, "model", and its moving averages, "ema" and one per extra decay, all equal at first."""
     models = {}
     for name in ("model", *config.ema_decays):
         with torch.random.fork_rng():
@@ -154,7 +154,7 @@ def build_models(config: TrainConfig, num_classes: int | None, world: World, fre
 
 
 def build_state(job: Job, checkpoint: Path | None) -> TrainingState:
-    """Fresh models and optimiser, or those of a checkpoint."""
+    """Models and optimiser, fresh or restored from a checkpoint."""
     config, world = job.config, job.world
     models = build_models(config, job.conditions.num_classes, world, fresh=checkpoint is None)
     model = models["model"].train()
@@ -174,18 +174,18 @@ def build_state(job: Job, checkpoint: Path | None) -> TrainingState:
 
 
 def compile_regions(model: PatchDenoiser) -> None:
-    """torch.compile each repeated part on its own: as fast as the whole at once, and every block compiles only once."""
+    """torch.compile each repeated part separately: as fast as the whole model at once, and compiled only once."""
     for block in model.blocks:
         block.compile()
     if isinstance(model.head, NeuralFieldHead):
-        model.head.decode = torch.compile(model.head.decode, dynamic=False)  # once for each size that it decodes
+        model.head.decode = torch.compile(model.head.decode, dynamic=False)  # once per decoded size
 
 
 # --- the steps -------------------------------------------------------------------------------------------------------
 
 
 def _train(job: Job, checkpoint: Path | None) -> Iterator[StepRecord]:
-    """One step after the other; whatever stops it, closing the generator included, the steps done are saved."""
+    """Run the remaining steps; whatever stops the loop, even closing the generator, saves the completed steps."""
     config, world = job.config, job.world
     state = build_state(job, checkpoint)
     batches = step_batches(config, job.datasets, job.conditions, state.step, world)
@@ -196,12 +196,12 @@ def _train(job: Job, checkpoint: Path | None) -> Iterator[StepRecord]:
             logs, saves = (is_due(config, state.step + 1, n) for n in (config.log_every, config.checkpoint_every))
             # ================================================ one step ================================================
             loss = compute_gradients(job, state, batch)
-            if logs or saves or world.device.type != "cuda":  # looking makes a GPU wait
+            if logs or saves or world.device.type != "cuda":  # the check stalls a GPU
                 check_finite(job, state)
-            rate = update_weights(job, state)
+            lr = update_weights(job, state)
             # ==========================================================================================================
             if logs:
-                entry = {"step": state.step, **state.window.summary(world), "learning_rate": rate}
+                entry = {"step": state.step, **state.window.summary(world), "learning_rate": lr}
                 entry |= speed.read(len(state.window.losses) * config.batch_size)
                 if board is not None:
                     job.run.log(entry)
@@ -209,10 +209,10 @@ def _train(job: Job, checkpoint: Path | None) -> Iterator[StepRecord]:
                 state.window = LossWindow()
             if saves:
                 save(job, state)
-            yield StepRecord(state.step, loss, rate, state.models["ema"])
+            yield StepRecord(state.step, loss, lr, state.models["ema"])
     except BaseException as reason:
-        together = world.size == 1 or isinstance(reason, GeneratorExit)  # one process alone cannot save for all
-        if state.whole and together and not (state.window.losses and state.window.first_bad()):
+        together = world.size == 1 or isinstance(reason, GeneratorExit)  # one process cannot save for all
+        if state.consistent and together and not (state.window.losses and state.window.first_bad()):
             save(job, state)
         raise
     finally:
@@ -221,7 +221,7 @@ def _train(job: Job, checkpoint: Path | None) -> Iterator[StepRecord]:
 
 
 def compute_gradients(job: Job, state: TrainingState, batch: Batch) -> Tensor:
-    """The gradient of all losses, clipped, in the parameters; returns the velocity's loss over all processes, 0-dim."""
+    """Compute the clipped gradient of all losses; returns the velocity loss averaged over all processes, 0-dim."""
     config, world = job.config, job.world
     base_resolution = (config.model.image_size,) * 2 if config.decode_sizes else None
     measure, device = velocity_measure(config), world.device
@@ -254,36 +254,36 @@ def compute_gradients(job: Job, state: TrainingState, batch: Batch) -> Tensor:
 
 
 def check_finite(job: Job, state: TrainingState) -> None:
-    """Raise NonFiniteLoss when a loss since the last look was not finite."""
+    """Raise NonFiniteLoss if a loss since the last log entry was not finite."""
     if (ago := state.window.first_bad()) is not None:
-        state.whole = False
+        state.consistent = False
         folder, saved = job.run.checkpoints, state.saved
         kept = f"step {saved} is kept in {folder}" if saved else "there was no checkpoint yet"
         raise NonFiniteLoss(f"the loss of step {state.step + 2 - ago} is not finite; {kept}")
 
 
 def update_weights(job: Job, state: TrainingState) -> float:
-    """AdamW with the step's learning rate, which is returned, then the moving averages: the step is done."""
-    rate = learning_rate(job.config, state.step)
+    """Update the weights with AdamW, then the moving averages; returns the step's learning rate."""
+    lr = learning_rate(job.config, state.step)
     for group in state.optimizer.param_groups:
-        group["lr"] = rate
-    state.whole = False
+        group["lr"] = lr
+    state.consistent = False
     state.optimizer.step()
     update_averages(state.models, job.config, state.step + 1)
     state.step += 1
-    state.whole = True
-    return rate
+    state.consistent = True
+    return lr
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The learning rate of step 0 … steps − 1."""
+    """The learning rate of `step`, 0 … steps − 1."""
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     return config.learning_rate * warm * (1 - step / config.steps if config.decay == "linear" else 1.0)
 
 
 @torch.no_grad()
 def update_averages(models: dict[str, PatchDenoiser], config: TrainConfig, step: int) -> None:
-    """Move every average towards the weights after `step` steps; after the first it is the weights."""
+    """Move every average towards the weights after `step` steps; after the first step it equals them."""
     for name, decay in config.ema_decays.items():
         average, weights = ([local_part(p) for p in models[which].parameters()] for which in (name, "model"))
         if step == 1:
@@ -292,16 +292,16 @@ def update_averages(models: dict[str, PatchDenoiser], config: TrainConfig, step:
             get_ema_multi_avg_fn(decay)(average, weights, step)
 
 
-# --- what they leave -------------------------------------------------------------------------------------------------
+# --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
 def is_due(config: TrainConfig, step: int, every: int) -> bool:
-    """Whether what happens every so many steps, and after the last, happens after `step` steps."""
+    """Whether something done every `every` steps, and after the last one, is due after `step` steps."""
     return step % every == 0 or step == config.steps
 
 
 def save(job: Job, state: TrainingState) -> None:
-    """Write a checkpoint of the steps done, unless there is one."""
+    """Write a checkpoint of the completed steps, unless one exists."""
     if state.step > state.saved:
         folder, keep = job.run.checkpoints, job.config.keep_checkpoints
         save_checkpoint(folder, state.step, state.models, state.optimizer, keep, job.world)

@@ -1,8 +1,8 @@
-"""The losses beside the mean squared error of the velocity, and the list of those that a configuration asks for.
+"""The losses beyond the velocity's mean squared error, and the list of those that a configuration asks for.
 
 Errors weighted by frequency (DeCo, arXiv 2511.19365), distances in a network's features (PixelGen, arXiv 2602.02493),
-and the alignment of a block's tokens with a teacher's (REPA, arXiv 2410.06940). A term is one function or class here,
-its line in `loss_terms`, and its fields in TrainConfig.
+and the alignment of a block's tokens with a teacher's (REPA, arXiv 2410.06940). A term consists of a function or class
+here, a line in `loss_terms`, and its fields in TrainConfig.
 
 Dimension letters: B images, C channels, H × W pixels, N tokens (rows × columns, row-major), D width, F features of a
 token or of a position. t = 0 is noise and t = 1 is data.
@@ -37,29 +37,29 @@ GATE = 0.3  # t from which the perceptual loss counts
 
 
 class LossTerm(NamedTuple):
-    """A loss that is added to the velocity's, and logged under its name."""
+    """A loss that is added to the velocity loss and logged under its name."""
 
     name: str
     weight: float
     value: Callable[[FlowLoss, Batch], Tensor]  # → 0-dim
-    tap: int | None = None  # the block whose tokens it looks at, from 1
+    tap: int | None = None  # the block whose tokens it uses, counted from 1
     trained: nn.Module | None = None  # a network that is trained with the model
     until: int | None = None  # the step after which it no longer counts
 
     def counts(self, step: int) -> bool:
-        """Whether it is added after `step` steps."""
+        """Whether the term is still added after `step` steps."""
         return self.until is None or step < self.until
 
 
 def velocity_measure(config: TrainConfig) -> Callable[[Tensor], Tensor]:
-    """The size [B] of velocity errors [B, C, H, W]."""
+    """The function that measures velocity errors: [B, C, H, W] → [B]."""
     if config.frequency_quality is None:
         return flow.mean_square
     return functools.partial(frequency_weighted, quality=config.frequency_quality)
 
 
 def loss_terms(config: TrainConfig, world: World) -> list[LossTerm]:
-    """The terms beside the velocity's loss. Raises InputError when a network that one needs is missing."""
+    """The terms added to the velocity loss. Raises InputError when a network that a term needs is missing."""
     terms = []
     if config.align:
         alignment = Alignment(config, world)
@@ -79,7 +79,7 @@ def loss_terms(config: TrainConfig, world: World) -> list[LossTerm]:
 
 
 def perceptual_term(config: TrainConfig, device: torch.device) -> Callable[[FlowLoss, Batch], Tensor]:
-    """The mean perceptual loss of a batch. Raises InputError when its network is missing."""
+    """The function that gives a batch's mean perceptual loss. Raises InputError when its network is missing."""
     if config.perceptual != "efficientnet" and not Path(config.perceptual).is_file():
         raise InputError(
             f"perceptual is {config.perceptual!r}; it has to be efficientnet or a file that torch.export.save wrote"
@@ -115,10 +115,10 @@ YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0
 
 
 def quantisation_tables(quality: int) -> Tensor:
-    """The tables that libjpeg quantises with: [2, 8, 8], luminance then chrominance, whole numbers 1 … 255 in float64.
+    """The tables that libjpeg quantises with: [2, 8, 8], luminance then chrominance, integers 1 … 255 in float64.
 
     Raises:
-        InputError: the quality is no whole number from 1 to 100.
+        InputError: the quality is not an integer from 1 to 100.
     """
     if not isinstance(quality, int) or not 1 <= quality <= 100:
         raise InputError(f"JPEG quality is {quality}; it has to be a whole number from 1 to 100")
@@ -159,7 +159,7 @@ def colour_matrix() -> Tensor:
 
 @functools.lru_cache(maxsize=32)
 def _constants(quality: int, channels: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights [C, 1, 1, 8, 8], DCT [8, 8] and colours [3, 3]: kept, so that a GPU gets them only once."""
+    """Weights [C, 1, 1, 8, 8], DCT [8, 8] and colours [3, 3], cached so that they are copied to a GPU only once."""
     tables = [0, 1, 1] if channels == 3 else [0]
     with torch.inference_mode(False):  # they outlive the caller, who may be in inference mode
         weights = frequency_weights(quality)[tables][:, None, None]
@@ -169,26 +169,26 @@ def _constants(quality: int, channels: int, dtype: torch.dtype, device: torch.de
 def frequency_weighted(error: Tensor, quality: int) -> Tensor:
     """The mean squared error with a weight for each frequency of JPEG's 8 × 8 blocks: what JPEG keeps counts more.
 
-    DeCo's frequency-aware loss (arXiv 2511.19365): the velocity's error in YCbCr, the orthonormal DCT-II of each block,
-    each coefficient squared and weighted with 1/q of JPEG's table (ITU-T T.81, Annex K) at that quality, with a mean
-    weight of 1 for each table. The luminance table is for Y and for images of one channel, the chrominance table for
-    the other two. Unlike DeCo we make YCbCr's basis orthonormal (`colour_matrix`), so that with all weights 1, as at
-    quality 100, the loss is exactly the mean squared error; plain YCbCr scales that of white noise by 0.42.
+    DeCo's frequency-aware loss (arXiv 2511.19365): the velocity error in YCbCr, the orthonormal DCT-II of each block,
+    each coefficient squared and weighted by 1/q of JPEG's table (ITU-T T.81, Annex K) at that quality, with a mean
+    weight of 1 per table. The luminance table is for Y and for single-channel images, the chrominance table for the
+    other two channels. Unlike DeCo we make YCbCr's basis orthonormal (`colour_matrix`), so that with all weights 1, as
+    at quality 100, the loss is exactly the mean squared error; plain YCbCr would scale it by 0.42 for white noise.
 
     Args:
         error: estimate − truth [B, C, H, W] with 1 or 3 channels (RGB), H and W multiples of 8.
-        quality: 1 … 100 as in libjpeg. From 20 to 90 the weights hardly differ, for only their ratios count; towards
-            100 the tables round to 1, and towards 1 they end at 255, so that both ends are the plain mean.
+        quality: 1 … 100 as in libjpeg. From 20 to 90 the weights hardly differ, since only their ratios matter; towards
+            100 the tables round to 1, and towards 1 they saturate at 255, so both ends give the plain mean.
 
     Returns:
         [B], in float32 or better, also under autocast.
 
     Raises:
-        InputError: channels, sides or quality do not fit.
+        InputError: wrong channels, sides or quality.
     """
     channels, height, width = error.shape[1:]
     if channels not in (1, 3):
-        raise InputError(f"images have {channels} channels; the frequency-weighted loss knows 1 (grey) and 3 (RGB)")
+        raise InputError(f"images have {channels} channels; the frequency-weighted loss takes 1 (grey) or 3 (RGB)")
     if height % BLOCK or width % BLOCK:
         raise InputError(
             f"image size {height}x{width} does not fit JPEG's blocks; both sides have to be multiples of 8"
@@ -202,15 +202,15 @@ def frequency_weighted(error: Tensor, quality: int) -> Tensor:
         return (weights * (dct @ blocks @ dct.T).square()).mean(dim=(1, 2, 3, 4, 5))
 
 
-# --- the distance in a network's features ---------------------------------------------------------------------------
+# --- distances in a network's features -------------------------------------------------------------------------------
 
 
 class PerceptualLoss:
-    """The distance between two images in the features of a frozen network, for times from 0.3 on.
+    """The distance between two images in the features of a frozen network, counted from t = 0.3 on.
 
     Each position's feature vector is scaled to unit length; the squared distance of two, 0 … 4, is averaged over
-    positions, then over layers: LPIPS (Zhang et al. 1801.03924) without its learned weights. That it helps training on
-    pixels, and that noisier times are better left out, is PixelGen's finding (arXiv 2602.02493).
+    positions, then over layers: LPIPS (Zhang et al. 1801.03924) without its learned weights. PixelGen (arXiv
+    2602.02493) found that it helps pixel-space training, and that noisier times are better left out.
 
     Args:
         network: its `maps` are compared; it is set to evaluation mode and frozen.
@@ -220,12 +220,12 @@ class PerceptualLoss:
         self.network = network.eval().requires_grad_(False)
 
     def __call__(self, estimate: Tensor, image: Tensor, t: Tensor) -> Tensor:
-        """The distance between x̂ and the clean image of each position in the batch.
+        """The distance between x̂ and the clean image, for each image of a batch.
 
         Args:
-            estimate: x̂ [B, C, H, W] around [−1, 1], 1 or 3 channels; the only one that gradients reach.
+            estimate: x̂ [B, C, H, W] around [−1, 1], 1 or 3 channels; the only input that receives gradients.
             image: the clean image [B, C, H, W].
-            t: times [B] in [0, 1]. Images with t < 0.3 are computed all the same, so that a GPU need not wait.
+            t: times [B] in [0, 1]. Images with t < 0.3 are computed too, which avoids a GPU synchronisation.
 
         Returns:
             [B], 0 where t < 0.3.
@@ -252,11 +252,11 @@ def unit(features: Tensor) -> Tensor:
     return F.normalize(at_least_float32(features), dim=1)
 
 
-# --- the alignment of tokens with a teacher's ------------------------------------------------------------------------
+# --- alignment of tokens with a teacher's ----------------------------------------------------------------------------
 
 
 class Projector(nn.Sequential):
-    """Tokens [B, N, D] → what is compared with the teacher's [B, N, F]: three linear layers, torch's initialisation."""
+    """Tokens [B, N, D] → the teacher's feature space [B, N, F]: three linear layers, torch's initialisation."""
 
     def __init__(self, width: int, features: int):
         layers = nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, features)
@@ -264,10 +264,10 @@ class Projector(nn.Sequential):
 
 
 class Alignment:
-    """The term of REPA: a block's tokens, through a trained projector, should resemble a teacher's features.
+    """REPA's term: a block's tokens, passed through a trained projector, should resemble a teacher's features.
 
     PixNerd adds 0.5 times this loss, on the output of its 8th block (6th for text), with DINOv2-B as the teacher. The
-    teacher sees the clean image, mirrored where the model's is.
+    teacher sees the clean image, mirrored whenever the model's is.
     """
 
     def __init__(self, config: TrainConfig, world: World):
@@ -294,9 +294,9 @@ class Alignment:
 
 
 class CachedTokens:
-    """A teacher's tokens of each image, computed once and kept in main memory, in bfloat16.
+    """A teacher's tokens for each image, computed once and kept in main memory, in bfloat16.
 
-    That is for small data sets: 1,000 images of 256 tokens with 768 features take 0.4 GB.
+    Meant for small data sets: 1,000 images of 256 tokens with 768 features take 0.4 GB.
 
     Args:
         tokens: images [B, C, H, W] and their grid (rows, columns) → [B, rows·columns, F], see FrozenNetwork.tokens.
@@ -307,9 +307,9 @@ class CachedTokens:
         self._memory: dict[Hashable, Tensor] = {}  # (key, grid) → [N, F] bfloat16
 
     def __call__(self, images: Tensor, grid: tuple[int, int], keys: Sequence[Hashable]) -> Tensor:
-        """[B, rows·columns, F] in float32, where the images are.
+        """[B, rows·columns, F] in float32, on the images' device.
 
-        keys: one for each image, (index in the data set, mirrored) for example; equal keys have to mean equal images.
+        keys: one per image, for example (index in the data set, mirrored); equal keys have to mean equal images.
         """
         entries = [(key, tuple(grid)) for key in keys]
         image_of = dict(zip(entries, range(len(images)), strict=True))
@@ -331,6 +331,6 @@ def alignment_loss(projected: Tensor, target: Tensor) -> Tensor:
     if projected.shape != target.shape:
         raise InputError(
             f"projected tokens of shape {tuple(projected.shape)} cannot be aligned with a teacher's "
-            f"{tuple(target.shape)}: tokens and features have to be the same"
+            f"{tuple(target.shape)}: the numbers of tokens and features have to match"
         )
     return (1 - F.cosine_similarity(at_least_float32(projected), at_least_float32(target), dim=-1)).mean(1)

@@ -1,4 +1,4 @@
-"""What a training run says of itself: losses, gradient norms and speed, for log.jsonl and TensorBoard."""
+"""What a training run reports: losses, gradient norms and speed, for log.jsonl and TensorBoard."""
 
 import time
 from typing import Any
@@ -14,36 +14,36 @@ from ..text import build_network
 
 
 class LossWindow:
-    """The losses since the last line of the log: their mean, and the mean for each tenth of t in [0, 1]."""
+    """The losses since the last log entry: their mean, and the mean for each tenth of t in [0, 1]."""
 
     def __init__(self) -> None:
-        self.losses: list[Tensor] = []  # 0-dim each, the means of all processes
-        self.norms: list[Tensor] = []  # 0-dim each, of the whole gradient before it is clipped
-        self.terms: dict[str, list[Tensor]] = {}  # by name of a loss term, 0-dim each, of this process
+        self.losses: list[Tensor] = []  # 0-dim each, averaged over all processes
+        self.norms: list[Tensor] = []  # 0-dim each, of the full gradient before clipping
+        self.terms: dict[str, list[Tensor]] = {}  # by loss term, 0-dim each, of this process
         self.per_image: list[Tensor] = []  # [B] each, of this process
         self.times: list[Tensor] = []  # [B] each, of this process
 
     def add_part(self, per_image: Tensor, terms: dict[str, Tensor]) -> None:
-        """The velocity losses [B] of a part of a step, and its other terms, 0-dim each."""
+        """Add the velocity losses [B] of a part of a step, and its other terms, 0-dim each."""
         self.per_image.append(per_image)
         for name, value in terms.items():
             self.terms.setdefault(name, []).append(value)
 
     def add_step(self, loss: Tensor, norm: Tensor, t: Tensor) -> None:
-        """The loss of a step over all processes, its gradient's norm, and this process's times [B]."""
+        """Add the loss of a step over all processes, its gradient norm, and this process's times [B]."""
         self.losses.append(loss)
         self.norms.append(whole_tensor(norm))
         self.times.append(t)
 
     def first_bad(self) -> int | None:
-        """How many steps ago (1 = the last one) the loss first was not finite; None when all were."""
+        """How many steps ago (1 = the last step) the loss first became non-finite; None if all are finite."""
         finite = torch.stack(self.losses).isfinite().tolist()
         return None if all(finite) else len(finite) - finite.index(False)
 
     def summary(self, world: World) -> dict[str, Any]:
         """loss, gradient_norm, the other terms by name, and loss_by_t: ten means, None for a tenth without images.
 
-        Every process calls it.
+        Every process has to call it.
         """
         per_image, t = (world.gather(torch.cat(values)).cpu() for values in (self.per_image, self.times))
         tenth = (10 * t).long().clamp(max=9)
@@ -56,10 +56,10 @@ class LossWindow:
 
 
 class SpeedMeter:
-    """How fast a training run goes, and how much of what the devices can do it uses.
+    """The speed of a training run, and how well it uses the devices.
 
-    A step's arithmetic is counted as three forward passes, the usual estimate of forward and backward; what is computed
-    again to save memory does not count. The best possible is what a large matrix product reaches on this device.
+    A step counts as three forward passes, the usual estimate of forward and backward; recomputation to save memory does
+    not count. Full utilisation is the speed of a large matrix product on this device.
     """
 
     def __init__(self, config: TrainConfig, num_classes: int | None, dtype: torch.dtype, world: World):
@@ -71,7 +71,7 @@ class SpeedMeter:
         self.device, self.since = world.device, time.perf_counter()
 
     def read(self, images: int) -> dict[str, float]:
-        """The speed since the last reading, in which so many images went through all devices together."""
+        """The speed since the last reading, given the number of images that all devices processed since then."""
         now = time.perf_counter()
         speed, self.since = images / (now - self.since), now
         entry = {
@@ -85,7 +85,7 @@ class SpeedMeter:
 
 
 class Board:
-    """TensorBoard's copy of log.jsonl, from the line after `step` on."""
+    """TensorBoard's copy of log.jsonl, continued after `step`."""
 
     def __init__(self, run: Run, step: int):
         from torch.utils.tensorboard import SummaryWriter
