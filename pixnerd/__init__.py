@@ -1,6 +1,6 @@
 """PixNerd: pixel-space diffusion with a neural field per patch (arXiv 2507.23268). t = 0 is noise, t = 1 is data.
 
-Everything is imported when it is first used: `import pixnerd` alone loads no torch.
+Everything is imported on first use: `import pixnerd` alone does not load torch.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""`python -m pixnerd` is the command `pixnerd`."""
+"""`python -m pixnerd` runs the command `pixnerd`."""
 
 from .cli import main
 

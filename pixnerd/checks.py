@@ -1,7 +1,7 @@
-"""The kinds of values that a configuration's fields declare, and one check of them all.
+"""The kinds of values that a configuration's fields declare, and one check for all of them.
 
-A field says what it takes by its annotation, `steps: Count`, `decay: Literal["constant", "linear"]`; `check_fields`
-holds a value to it and names the first one that does not fit.
+A field's annotation says what it accepts, `steps: Count`, `decay: Literal["constant", "linear"]`; `check_fields`
+compares every value with it and names the first one that does not fit.
 """
 
 import math
@@ -22,8 +22,8 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 def check_fields(config: Any, prefix: str = "") -> None:
     """Raise InputError unless every field of a dataclass instance holds what its annotation declares.
 
-    Checked are Literals, True or False, whole numbers, finite numbers and their ranges, text, tuples of these and their
-    length, and any of them or None. `prefix` goes before the field's name in the sentence.
+    It knows Literals, True or False, whole numbers, finite numbers and their ranges, text, tuples of these and their
+    length, and any of them or None. `prefix` precedes the field's name in the message.
     """
     for name, kind in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
@@ -32,7 +32,7 @@ def check_fields(config: Any, prefix: str = "") -> None:
 
 
 def _fault(value: Any, kind: Any) -> str:
-    """What the value has to be, as the end of a sentence; empty when it is that."""
+    """What the value has to be, as the end of a sentence; empty if the value is fine."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return _fault(value, arguments[0]) or _outside(value, arguments[1:])

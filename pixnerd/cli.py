@@ -1,7 +1,7 @@
 """The command line: pixnerd train | sample | evaluate | convert | data | prepare.
 
-A command is its flags and a few calls; what needs torch is imported when a command runs, so that --help and a refused
-flag do not wait for it. Wrong input ends with one sentence on standard error and exit code 2.
+A command consists of its flags and a few calls. torch is imported only when a command runs, so --help and a refused
+flag need not wait for it. Invalid input ends with one sentence on standard error and exit code 2.
 """
 
 import argparse
@@ -31,7 +31,7 @@ OwnSampling = Annotated[SamplingConfig, tyro.conf.arg(name="")]
 
 @dataclass(frozen=True)
 class Train:
-    """Train a model, or go on with the run in --out."""
+    """Train a model, or resume the run in --out."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     recipe: str = "imagenet-256"
@@ -49,7 +49,7 @@ class Train:
         from .training import train
 
         stop = threading.Event()
-        signal.signal(signal.SIGTERM, lambda *_: stop.set())  # what clusters send before they take a machine away
+        signal.signal(signal.SIGTERM, lambda *_: stop.set())  # which clusters send before they take a machine away
         records, world = train(self.config), join()
         if world.size > 1:  # several processes have to stop at the same step to save together
             signal.signal(signal.SIGINT, lambda *_: stop.set())
@@ -65,32 +65,32 @@ class Train:
                     break
         leave()
         if world.leads and last < self.config.steps:
-            print(f"stopped after step {last}, as told; the same command goes on from here")
+            print(f"stopped after step {last}, as requested; the same command resumes from here")
         elif world.leads:
-            print(f"trained: {self.config.out}; look at it with: pixnerd sample {self.config.out}")
+            print(f"trained: {self.config.out}; to see samples: pixnerd sample {self.config.out}")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Sample images with a run's newest checkpoint (EMA weights); flags that are not given are the run's own."""
+    """Sample images with a run's newest checkpoint (EMA weights); sampling flags default to the run's own settings."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
-    """folder of the run"""
+    """the run's folder"""
     count: int = 100
-    """images; the classes or prompts share them evenly, in order"""
+    """number of images, divided evenly among the classes or prompts, in order"""
     labels: tuple[int, ...] = ()
-    """classes to show instead of all"""
+    """classes to sample instead of all"""
     prompts: tuple[str, ...] = ()
-    """captions to show, for a text model; samples.npz then has their places in this list as labels"""
+    """captions to sample, for a text model; the labels in samples.npz are then indices into this list"""
     sampling: OwnSampling = field(default_factory=SamplingConfig)
     image_size: tuple[int, int] | None = None
-    """height and width in pixels; by default what the model was trained at"""
+    """height and width in pixels; by default those the model was trained at"""
     base_resolution: tuple[int, int] | None = None
     """height and width that the transformer sees while the fields decode the image size; by default the same"""
     seed: int = 0
-    """of the noise; image i depends on (seed, i) alone"""
+    """seed of the noise; image i depends on (seed, i) alone"""
     batch_size: int = 64
-    """images at a time"""
+    """images per batch"""
     out: Path | None = None
     """folder for samples.png and samples.npz; by default the run's"""
 
@@ -110,10 +110,10 @@ class Sample:
         conditions = model_conditions(model, config, device)
         subjects = conditions.asked_for(self.labels, self.prompts, f"run {self.source}")
         each = -(-self.count // len(subjects))  # rounded up
-        places = torch.arange(len(subjects)).repeat_interleave(each)[: self.count]  # of each image's subject
+        indices = torch.arange(len(subjects)).repeat_interleave(each)[: self.count]  # each image's subject
         batches = sample_batches(
             model,
-            conditions.encode([subjects[place] for place in places.tolist()]),
+            conditions.encode([subjects[index] for index in indices.tolist()]),
             self.sampling,
             unconditional=conditions.nothing,
             size=self.image_size,
@@ -125,22 +125,22 @@ class Sample:
             images = list(tqdm(batches, total=-(-self.count // self.batch_size), unit="batch"))
         target = Run(self.out or run.folder)
         target.folder.mkdir(parents=True, exist_ok=True)
-        labels = places if self.prompts else torch.tensor(subjects)[places]
+        labels = indices if self.prompts else torch.tensor(subjects)[indices]
         target.save_samples(torch.cat(images), labels, columns=min(each, 20))
-        print(f"drawn: {target.folder / 'samples.png'}, {target.folder / 'samples.npz'}")
+        print(f"sampled: {target.folder / 'samples.png'}, {target.folder / 'samples.npz'}")
 
 
 @dataclass(frozen=True)
 class Evaluate(EvaluationConfig):
-    """Measure samples against real images: a run's samples, or images that a run samples straight into the features.
+    """Measure samples against real images: saved samples, or images sampled on the fly with a run's model.
 
-    A text model is asked for captions of the reference, which has to be a data set then: of each image the plainest.
-    Each result is a row of the run's metrics.json; what is there already is not measured again. `torchrun … -m pixnerd
+    A text model samples the plainest caption of each reference image; the reference then has to be a data set. Each
+    result becomes a row of the run's metrics.json; results already there are not measured again. `torchrun … -m pixnerd
     evaluate …` samples and measures on many GPUs.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
-    """run folder, or images: a .npz with arr_0, or a folder of pictures"""
+    """a run's folder, or images: a .npz with arr_0, or a folder of pictures"""
     sampling: OwnSampling = field(default_factory=SamplingConfig)
 
     def run(self) -> None:
@@ -153,25 +153,25 @@ class Evaluate(EvaluationConfig):
             images, reference = found.settings["images"], found.settings["reference"]
             if found.digit_agreement is not None:
                 share = f"{found.digit_agreement:.1%} of {images} samples"
-                print(f"the label is what a 3-nearest-neighbour vote reads in {share}")
+                print(f"a 3-nearest-neighbour vote reads the digit that was asked for in {share}")
             how = "captions shown" if self.network == "scenes" else f"{self.network} features"
             scores = ", ".join(f"{name} {value:.4g}" for name, value in found.scores.items())
             print(f"{images} images against {reference}, {how}: {scores}")
             if self.out:
-                print(f"with the ADM suite: python evaluator.py REFERENCE.npz {self.out}")
+                print(f"to score them with the ADM suite: python evaluator.py REFERENCE.npz {self.out}")
         leave()
 
 
 @dataclass(frozen=True)
 class Convert:
-    """Write a checkpoint of the released PixNerd code as safetensors that pixnerd.load reads."""
+    """Convert a checkpoint of the released PixNerd code to safetensors that pixnerd.load reads."""
 
     source: Annotated[str, tyro.conf.Positional]
     """checkpoint file, or repository on the Hugging Face hub"""
     out: Annotated[Path, tyro.conf.Positional]
     """the .safetensors file to write"""
     filename: str | None = None
-    """which checkpoint of the repository, where it has several"""
+    """which checkpoint of the repository, if it has several"""
 
     def run(self) -> None:
         from .runs import load_released, save_model
@@ -187,7 +187,7 @@ class Convert:
 
 @dataclass(frozen=True)
 class Data:
-    """Look at a data set: how many images of which classes, three captions, and, with --show, a contact sheet."""
+    """Look at a data set: its images per class, three captions and, with --show, a contact sheet."""
 
     name: DataSetName
     image_size: int = 32
@@ -195,7 +195,7 @@ class Data:
     show: bool = False
     """write a contact sheet of 100 random images"""
     out: Path = Path("contact-sheet.png")
-    """where the contact sheet goes"""
+    """file for the contact sheet"""
 
     def run(self) -> None:
         import torch
@@ -222,17 +222,17 @@ class Data:
 
 @dataclass(frozen=True)
 class Prepare:
-    """Crop a data set once and keep plain pixels, for `train --data prepared:OUT`; the same command goes on where it
+    """Crop a data set once and keep plain pixels, for `train --data prepared:OUT`; the same command resumes where it
     stopped, and checks every byte of a finished copy."""
 
     name: Annotated[str, tyro.conf.Positional]
     """a data set without captions, such as imagenet:PATH or folder:PATH"""
     out: Path
-    """folder of the copy; ImageNet at 256 pixels takes 252 GB"""
+    """folder for the copy; ImageNet at 256 pixels takes 252 GB"""
     image_size: int = 256
     """pixels along a side"""
     workers: int = os.cpu_count() or 1
-    """processes that read and crop; 0 does it in this one"""
+    """processes that read and crop; 0 uses this one"""
 
     def run(self) -> None:
         source = data.load(self.name, self.image_size)
@@ -250,24 +250,24 @@ Command = Train | Sample | Evaluate | Convert | Data | Prepare
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """The command with its flags. Raises InputError for an unknown recipe, size or value out of range."""
+    """The command with its flags. Raises InputError for an unknown recipe or size, or a value out of range."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--recipe", default=Train.recipe)
     first.add_argument("--size")
-    base, _ = first.parse_known_args(arguments)  # these two decide the defaults of all the others
+    base, _ = first.parse_known_args(arguments)  # these two set the defaults of all others
     config = RECIPES[base.recipe]
     if base.size is not None:
         config = dataclasses.replace(config, model=SIZES[base.size])
     defaults = {"train": Train(config, base.recipe, base.size)}
     command = _parse(arguments, defaults)
     if isinstance(command, (Sample, Evaluate)) and (run := Run(command.source)).config_path.is_file():
-        own = dataclasses.replace(command, sampling=run.config().sampling)  # the defaults of the flags for sampling
+        own = dataclasses.replace(command, sampling=run.config().sampling)  # defaults of the sampling flags
         command = _parse(arguments, {**defaults, type(command).__name__.lower(): own})
     return command
 
 
 def _parse(arguments: Sequence[str], defaults: dict[str, Command]) -> Command:
-    """The command with its flags, from a default of some commands."""
+    """The command with its flags; `defaults` holds the default values of some commands."""
     commands = {"train": Train, "sample": Sample, "evaluate": Evaluate, "convert": Convert, "data": Data}
     commands |= {"prepare": Prepare}
     kinds = []
@@ -283,7 +283,7 @@ def _parse(arguments: Sequence[str], defaults: dict[str, Command]) -> Command:
 
 @contextlib.contextmanager
 def _refusals_as_sentences() -> Iterator[None]:
-    """Where tyro exits because a configuration refused a value, raise that InputError; else print what tyro prints."""
+    """If tyro exits because a configuration refused a value, raise that InputError; else print what tyro printed."""
     with contextlib.redirect_stderr(io.StringIO()) as printed:
         try:
             yield
@@ -300,7 +300,7 @@ def _refusals_as_sentences() -> Iterator[None]:
 
 
 def as_flags(config: Any, prefix: str = "") -> list[str]:
-    """The command line's flags for a configuration, but for its positional `source`; `parse` gives it back."""
+    """The command line flags for a configuration, without its positional `source`; `parse` reverses this."""
     flags = []
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
@@ -319,7 +319,7 @@ def as_flags(config: Any, prefix: str = "") -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; exits with 2 after wrong input, 1 after a loss that is not finite."""
+    """Run one command; exits with 2 after invalid input, with 1 after a non-finite loss."""
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         parse(sys.argv[1:] if arguments is None else arguments).run()
@@ -328,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except NonFiniteLoss as error:
         sys.exit(_say(error, 1))
     except KeyboardInterrupt:
-        sys.exit(_say("interrupted; the same command goes on from here", 130))
+        sys.exit(_say("interrupted; the same command resumes from here", 130))
 
 
 def _say(message: object, code: int) -> int:

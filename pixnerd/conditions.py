@@ -1,7 +1,7 @@
 """What a model is told about an image: its label, one of its captions, or nothing.
 
-`Labels` and `Captions` have the same interface, `Conditions`, and are the only place where the two families of models
-differ outside the networks: training, sampling, evaluation and the panels use it without asking which one it is.
+`Labels` and `Captions` share the interface `Conditions`, the only place outside the networks where the two families of
+models differ: training, sampling, evaluation and the panels use it without asking which one they have.
 Dimension letters: B images, L tokens of a caption, F features of a token.
 """
 
@@ -26,37 +26,37 @@ class Conditions(Protocol):
     """What one kind of model is told."""
 
     subject: str
-    """what its images are asked for by: "class" or "prompt" """
+    """how an image is requested: by its "class" or by a "prompt" """
     num_classes: int | None
-    """of the network; None where it is told captions"""
+    """the network's number of classes; None if it is told captions"""
     nothing: Tensor
-    """what it is told where there is no label or caption, for guidance: [] or [L, F]"""
+    """what stands for no label or no caption, for guidance: [] or [L, F]"""
 
     def encode(self, subjects: Sequence[Subject]) -> Tensor:
-        """What the model takes [B, …] for B classes or captions. Raises InputError for subjects of the other kind."""
+        """The model's input [B, …] for B classes or captions. Raises InputError for subjects of the other kind."""
 
     def of_images(self, labels: Tensor, indices: Tensor, dropped: Tensor, choice: Tensor) -> Tensor:
-        """What the model takes [B, …] while it is trained.
+        """The model's input [B, …] for training images.
 
         Args:
             labels: [B], of the images.
             indices: [B], of the images in the data set.
-            dropped: [B] bool, which images are shown without it.
+            dropped: [B] bool, which images are shown without label or caption.
             choice: [B] in [0, 1), which of an image's captions is shown.
         """
 
     def asked_for(self, labels: Sequence[int], prompts: Sequence[str], source: str) -> Sequence[Subject]:
-        """What a user asks `source` for, by labels or by prompts; no label means every class. Raises InputError."""
+        """What a user requests from `source`, by labels or prompts; no labels means all classes. Raises InputError."""
 
     def subjects(self, reference: str, image_size: int) -> Sequence[Subject]:
-        """What an evaluation asks for: every class, or the plainest caption of every image of the data set `reference`.
+        """What an evaluation samples: every class, or the plainest caption of each image in the data set `reference`.
 
         Raises InputError when captions are needed and `reference` has none.
         """
 
 
 class Labels:
-    """Class labels; num_classes itself stands for no label."""
+    """Class labels; num_classes itself stands for "no label"."""
 
     subject = "class"
 
@@ -78,7 +78,7 @@ class Labels:
 
     def asked_for(self, labels: Sequence[int], prompts: Sequence[str], source: str) -> Sequence[int]:
         if prompts:
-            raise InputError(f"{source} is of a class-conditional model: it takes --labels")
+            raise InputError(f"{source} has a class-conditional model: it takes --labels")
         return labels or range(self.num_classes)
 
     def subjects(self, reference: str, image_size: int) -> Sequence[int]:
@@ -86,11 +86,11 @@ class Labels:
 
 
 class Captions:
-    """Captions, read by a frozen encoder; the empty caption stands for none.
+    """Captions, read by a frozen encoder; the empty caption stands for "no caption".
 
     Args:
         encode: the encoder.
-        captions: of every image of the training data.
+        captions: those of every training image.
     """
 
     subject = "prompt"
@@ -113,25 +113,25 @@ class Captions:
     def of_images(self, labels: Tensor, indices: Tensor, dropped: Tensor, choice: Tensor) -> Tensor:
         """[B, L, F]"""
         shown = []
-        for index, place, drop in zip(indices.tolist(), choice.tolist(), dropped.tolist(), strict=True):
-            ways = self.captions[index]
-            shown.append("" if drop else ways[int(place * len(ways))])
+        for index, share, drop in zip(indices.tolist(), choice.tolist(), dropped.tolist(), strict=True):
+            captions = self.captions[index]
+            shown.append("" if drop else captions[int(share * len(captions))])
         return self.encode_text(shown).to(choice.device)
 
     def asked_for(self, labels: Sequence[int], prompts: Sequence[str], source: str) -> Sequence[str]:
         if not prompts or labels:
-            raise InputError(f"{source} is of a text model: name --prompts")
+            raise InputError(f"{source} has a text model: it takes --prompts")
         return prompts
 
     def subjects(self, reference: str, image_size: int) -> Sequence[str]:
-        captions = [ways[0] for ways in data.load(reference, image_size).captions]
+        captions = [plainest for plainest, *_ in data.load(reference, image_size).captions]
         if not captions:
-            raise InputError(f"a text model samples captions, and {reference!r} has none: name --reference")
+            raise InputError(f"a text model samples captions, and {reference!r} has none: choose another --reference")
         return captions
 
 
 def training_conditions(config: TrainConfig, dataset: ImageDataset, device: torch.device) -> Conditions:
-    """What a training run's model is told about the images of its data set. Raises InputError where that is missing."""
+    """What a training run's model is told about its images. Raises InputError if captions or encoder are missing."""
     if not isinstance(config.model, TextModelConfig):
         return Labels(dataset.num_classes)
     if not dataset.captions:
@@ -140,17 +140,17 @@ def training_conditions(config: TrainConfig, dataset: ImageDataset, device: torc
 
 
 def model_conditions(model: PatchDenoiser, config: TrainConfig, device: torch.device) -> Conditions:
-    """What a trained model is told; its run's `config` names the encoder. Raises InputError where that is missing."""
+    """What a trained model is told; its run's `config` names the encoder. Raises InputError if that is missing."""
     if model.num_classes is not None:
         return Labels(model.num_classes)
     return Captions(caption_encoder(config, device))
 
 
 def caption_encoder(config: TrainConfig, device: torch.device) -> TextEncoder:
-    """The frozen encoder of a text run, with its features cached under data/text if the run caches them.
+    """A text run's frozen encoder, with its features cached under data/text if the run caches them.
 
     Raises:
-        InputError: it is not there, or has another width than the model reads.
+        InputError: the encoder is missing, or its features do not have the width that the model reads.
     """
     encoder = load_encoder(config.text_encoder, config.model.text_length, device)
     if encoder.features != config.model.text_features:

@@ -1,4 +1,4 @@
-"""How a network is trained, sampled and measured: every setting with its meaning, its default and what it may be.
+"""How a network is trained, sampled and measured: every setting with its meaning, default and allowed values.
 
 The defaults are the published ones (arXiv 2507.23268). Nothing here needs torch.
 """
@@ -26,11 +26,11 @@ class SamplingConfig:
     solver: str = "euler"
     """one of pixnerd.solvers.SOLVERS"""
     guidance: float = 3.5
-    """w of v_u + w·(v_c − v_u); 1 is no guidance"""
+    """w in v_u + w·(v_c − v_u); 1 means no guidance"""
     interval: tuple[float, float] | None = (0.1, 1.0)
-    """guide only the steps that start strictly inside; None guides every step"""
+    """guide only steps that start strictly inside; None guides every step"""
     shift: Positive = 1.0
-    """moves the time grid, see solvers.time_grid"""
+    """shift of the time grid, see solvers.time_grid"""
 
     def __post_init__(self):
         check_fields(self)
@@ -59,93 +59,93 @@ class TrainConfig:
     data: str = "folder:data/imagenet/train"
     """name of the data set; `pixnerd data --help` lists them"""
     decode_sizes: tuple[int, ...] = ()
-    """pixels a side, one chosen at random for each step, that the fields decode while the transformer sees
+    """image sides in pixels, one chosen at random for each step: what the fields decode while the transformer sees
     model.image_size; empty: that size alone"""
     horizontal_flip: bool = False
-    """mirror every second image"""
+    """mirror each image with probability 1/2"""
     label_dropout: Share = 0.1
-    """how often an image is shown without its label or caption, which is what guidance needs"""
+    """how often an image is shown without its label or caption, which guidance needs"""
     text_encoder: str = "Qwen/Qwen3-1.7B"
     """what reads the captions for a text model: minilm, a local folder, or a hub id"""
     cache_text: bool = True
-    """keep every caption's features in memory and under data/text; with millions of captions they are too large"""
+    """keep every caption's features in memory and under data/text; too large for millions of captions"""
     workers: Index = 0
-    """processes that load images; 0 loads in this one"""
+    """processes that load images; 0 loads them in this one"""
     seed: Index = 0
-    """of the initial weights, the order of the data, noise, times and dropout"""
+    """seed of the initial weights, data order, noise, times and dropout"""
 
     # --- network ---
     model: ModelConfig = SIZES["L/16"]
-    """the network; its channels are set to the data's"""
+    """the network; its channels are set to those of the data"""
     start_from: str = ""
-    """a trained model to start from (what pixnerd.load takes); its moving average is taken. Empty: random weights"""
+    """trained model to start from (anything pixnerd.load reads), by its moving average. Empty: random weights"""
 
     # --- optimiser ---
     steps: Count = 800_000
-    """optimiser steps of the whole run"""
+    """optimiser steps of the complete run"""
     batch_size: Count = 256
-    """images a step, over all devices"""
+    """images per step, over all devices"""
     learning_rate: Positive = 1e-4
-    """AdamW's, after warm-up"""
+    """AdamW's learning rate after warm-up"""
     warmup_steps: Index = 0
-    """linear rise of the learning rate from 0"""
+    """steps of linear warm-up of the learning rate from 0"""
     decay: Literal["constant", "linear"] = "constant"
-    """the learning rate after warm-up: as it is, or in a line to 0 at the last step"""
+    """the learning rate after warm-up: constant, or decaying linearly to 0 at the last step"""
     betas: tuple[Share, Share] = (0.9, 0.999)
-    """AdamW's"""
+    """AdamW's betas"""
     weight_decay: NotNegative = 0.0
-    """AdamW's, on all weights"""
+    """AdamW's weight decay, on all weights"""
     clip: Positive | None = None
-    """largest norm of the gradient; None does not clip"""
+    """maximum gradient norm; None does not clip"""
     ema_decay: Share = 0.9999
-    """of the moving average of the weights, which sampling uses"""
+    """decay of the moving average of the weights, which sampling uses"""
     extra_ema_decays: tuple[Share, ...] = ()
-    """of further averages, kept beside it to choose from after training (Karras et al. 2312.02696, section 3)"""
+    """decays of further averages, to choose from after training (Karras et al. 2312.02696, section 3)"""
 
     # --- losses ---
     time_shift: Positive = 1.0
-    """of the training times; above 1 means more noise"""
+    """shift of the training times; above 1 means more noise"""
     frequency_quality: int | None = None
-    """weigh the velocity error by frequency as JPEG of this quality does, 1 … 100 (DeCo, 2511.19365); None: alike"""
+    """weigh the velocity error by frequency as JPEG of this quality does, 1 … 100 (DeCo, 2511.19365); None: equally"""
     align: str = ""
-    """REPA: whose features a block's tokens are aligned with: facebook/dinov2-base, a folder, efficientnet; or none"""
+    """REPA: the teacher that tokens are aligned with: facebook/dinov2-base, a folder or efficientnet; empty: none"""
     align_block: Count = 8
-    """the block, counted from 1; published: 8, and 6 for text"""
+    """the block whose tokens are aligned, counted from 1; published: 8, and 6 for text"""
     align_weight: NotNegative = 0.5
-    """of the alignment in the loss"""
+    """weight of the alignment loss"""
     align_until: int | None = None
-    """the step after which nothing is aligned any more; None: to the end"""
+    """the step after which alignment stops; None: never"""
     cache_teacher: bool = False
     """keep the teacher's features of every image in memory; for small data sets"""
     perceptual: str = ""
-    """add the distance of x̂ to the clean image in this network's features, from t = 0.3 on (PixelGen, 2602.02493):
-    efficientnet, or a file of torch.export.save; empty: no such loss"""
+    """add the distance between x̂ and the clean image in this network's features, from t = 0.3 on (PixelGen,
+    2602.02493): efficientnet, or a file written by torch.export.save; empty: no such loss"""
     perceptual_weight: NotNegative = 0.1
-    """of the perceptual loss in the loss"""
+    """weight of the perceptual loss"""
 
     # --- precision, memory and devices ---
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16 is autocast, the weights stay float32; auto: bfloat16 on a GPU, float32 on a CPU"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of every block and of the field; auto: on a GPU only, it takes half a minute on a CPU"""
+    """torch.compile for every block and the field; auto: only on a GPU, since a CPU takes half a minute to compile"""
     recompute: Recompute = "head"
-    """what the backward pass computes again instead of keeping it"""
+    """what the backward pass recomputes instead of storing"""
     accumulate: Count = 1
-    """parts that a device computes its images of a step in, one after the other; saves memory, changes only rounding"""
+    """number of parts in which a device processes its share of a batch; saves memory, changes only rounding"""
     shard: bool = False
-    """keep only a part of weights, gradients and optimiser on every device (FSDP2) instead of all (DDP)"""
+    """shard weights, gradients and optimiser state over the devices (FSDP2) instead of replicating them (DDP)"""
 
     # --- logging and checkpoints ---
     log_every: Count = 50
     """steps between lines of log.jsonl"""
     checkpoint_every: Count = 5_000
-    """steps between checkpoints; there is always one at the end"""
+    """steps between checkpoints; the last step always gets one"""
     keep_checkpoints: Count = 2
-    """newest checkpoints to keep"""
+    """how many of the newest checkpoints to keep"""
 
     # --- sampling ---
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """how this run's model is sampled unless said otherwise"""
+    """default sampling settings for this run's model"""
 
     def __post_init__(self):
         check_fields(self)
@@ -158,21 +158,21 @@ class TrainConfig:
 
     @property
     def image_sizes(self) -> tuple[int, ...]:
-        """Pixels a side of the training images, one size or several."""
+        """Sides of the training images in pixels, one size or several."""
         return self.decode_sizes or (self.model.image_size,)
 
     @property
     def ema_decays(self) -> dict[str, float]:
-        """A checkpoint's name for every moving average → its decay."""
+        """Name of each moving average in a checkpoint → its decay."""
         return {"ema": self.ema_decay, **{f"ema-{decay:g}": decay for decay in self.extra_ema_decays}}
 
     def to_dict(self) -> dict[str, Any]:
-        """As config.json holds it."""
+        """The contents of config.json."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, entries: dict[str, Any]) -> "TrainConfig":
-        """Back from config.json; what an older version did not write yet has its default. Raises InputError."""
+        """The configuration in config.json; settings newer than the file get their defaults. Raises InputError."""
         try:
             sampling = SamplingConfig(**{name: _tupled(value) for name, value in entries["sampling"].items()})
             nested = {"model": model_config(entries["model"]), "sampling": sampling}
@@ -181,7 +181,7 @@ class TrainConfig:
             raise InputError(f"the training run's configuration cannot be read: {error}") from error
 
 
-Network = Literal[(*frozen.IMAGE_NETWORKS, "scenes")]  # a new image network is a choice without a line here
+Network = Literal[(*frozen.IMAGE_NETWORKS, "scenes")]  # includes new image networks automatically
 
 
 @dataclass(frozen=True)
@@ -192,35 +192,35 @@ class EvaluationConfig:
     """
 
     source: str
-    """run folder, or images: a .npz with arr_0, or a folder of pictures"""
+    """a run's folder, or images: a .npz with arr_0, or a folder of pictures"""
     reference: str = ""
     """real images: the ADM suite's reference .npz, a folder of pictures, or a data set; by default the run's"""
     network: Network = "efficientnet"
-    """whose features: inception gives FID, sFID, IS, precision and recall; efficientnet needs no download. Or
-    none: scenes counts, of captions of shapes, those that the samples show"""
+    """whose features to compare: inception gives FID, sFID, IS, precision and recall; efficientnet needs no download.
+    scenes uses no features: it counts how many samples of shapes show their caption"""
     weights: str | None = None
-    """Inception's file of weights, or DINOv2's folder; by default they are fetched"""
+    """Inception's weights file, or DINOv2's folder; by default they are downloaded"""
     draw: Index = 0
-    """sample so many images with the newest checkpoint; 0 measures the images that are there"""
+    """number of images to sample with the newest checkpoint; 0 measures the existing images"""
     classes: Literal["equal", "random"] = "equal"
-    """of sampled images: as many of each class, or of each caption, or at random"""
+    """classes or captions of the sampled images: equally many of each, or random ones"""
     average: str = "ema"
     """weights to sample with: ema, ema-DECAY or model"""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """how to sample; on the command line, flags that are not given are the run's own"""
+    """how to sample; on the command line, flags default to the run's own settings"""
     seed: Index = 0
-    """of the noise and the random classes; image i depends on (seed, i) alone"""
+    """seed of the noise and the random classes; image i depends on (seed, i) alone"""
     batch_size: Count = 64
-    """images at a time"""
+    """images per batch"""
     out: str | None = None
-    """also write what is sampled as .npz, for the ADM suite"""
+    """also write the samples to this .npz, for the ADM suite"""
 
     def __post_init__(self):
         check_fields(self)
         if self.network == "scenes" and (not self.draw or self.weights):
-            raise InputError("network 'scenes' has no weights and reads what is drawn on the spot: name --draw alone")
+            raise InputError("network 'scenes' has no weights and reads only fresh samples: use --draw alone")
 
 
 def _tupled(value: Any) -> Any:
-    """JSON's lists as the tuples that they were."""
+    """Turn JSON's lists back into tuples."""
     return tuple(value) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""What training costs, in arithmetic, memory and time, and how fast this device could be at best."""
+"""What training costs in arithmetic, memory and time, and how fast this device can be at best."""
 
 import contextlib
 import copy
@@ -22,15 +22,15 @@ from .layers import rotary_table
 from .model import PatchDenoiser
 from .model_config import Recompute
 
-MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}  # large enough to run at the device's rate
+MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}  # large enough to reach the device's full speed
 
 
 def forward_flops(model: PatchDenoiser, size: int) -> int:
-    """Floating-point operations (two for each multiply-add of a matrix product) of one image's velocity.
+    """Floating-point operations for one image's velocity, two for each multiply-add of a matrix product.
 
     Args:
-        model: best made under `torch.device("meta")`, since only shapes matter.
-        size: pixels a side that the head decodes, from the tokens of the model's own image size.
+        model: best created under `torch.device("meta")`, since only shapes matter.
+        size: side in pixels that the head decodes from the tokens of the model's own image size.
     """
     device, base = model.patch_embed.weight.device, (model.config.image_size,) * 2
     x = torch.empty(1, model.config.channels, size, size, device=device)
@@ -40,7 +40,7 @@ def forward_flops(model: PatchDenoiser, size: int) -> int:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measured floating-point operations a second of a large square matrix product, the best of ten."""
+    """Measured floating-point operations per second of a large square matrix product, the best of ten."""
     side = MATMUL_SIDE[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best = float("inf")
@@ -56,17 +56,17 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def state_bytes(model: PatchDenoiser, averages: int = 1, shards: int = 1) -> int:
-    """Bytes of training's lasting tensors on each of `shards` devices that share them; one keeps all.
+    """Bytes of training's persistent tensors on each of `shards` devices, among which they are divided.
 
-    Weights, gradients, AdamW's two moments and the moving averages, float32 each.
+    Weights, gradients, AdamW's two moments and the moving averages, all in float32.
     """
     return -(-4 * sum(p.numel() for p in model.parameters()) * (1 + 1 + 2 + averages) // shards)
 
 
 class FusedAttention(TorchFunctionMode):
-    """The kernels that a GPU takes for attention, also where there is none to choose them.
+    """Selects the attention kernels that a GPU would use, even where there is no GPU.
 
-    Without them attention would keep the N × N probabilities, which the fused kernels compute again.
+    Otherwise attention would keep the N × N probabilities, which the fused kernels recompute.
     """
 
     def __torch_function__(
@@ -83,16 +83,16 @@ class FusedAttention(TorchFunctionMode):
 def saved_activation_bytes(
     model: PatchDenoiser, size: int, recompute: Recompute | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> int:
-    """Bytes that each further image of a batch makes a GPU keep from a step's forward for its backward pass.
+    """Bytes that each additional image of a batch makes a GPU keep from the forward pass for the backward pass.
 
-    Counted by shape, without memory or a GPU, for eager operators; what torch.compile keeps can differ. What does not
-    grow with the batch, as weights and their copies in `dtype`, does not count; see `state_bytes`. Nor does what the
-    backward pass computes again, one block of the device's images or one piece of the head at a time.
+    Counted from shapes, without a GPU or its memory, for eager operators; torch.compile may keep more or less. Whatever
+    does not grow with the batch, such as weights and their copies in `dtype`, does not count; see `state_bytes`. Nor
+    does what the backward pass recomputes, one block or one piece of the head at a time.
 
     Args:
-        model: any device; "meta" is best, since only shapes matter.
-        size: pixels a side of the images, which the transformer sees as they are.
-        recompute: instead of the model's own.
+        model: on any device; "meta" is best, since only shapes matter.
+        size: side of the images in pixels, which the transformer sees at this size.
+        recompute: replaces the model's own setting.
         dtype: torch.bfloat16 for autocast, or torch.float32.
     """
     model = copy.copy(model)  # shares the weights, which functional_call replaces
@@ -102,7 +102,7 @@ def saved_activation_bytes(
 
 
 def _saved_bytes(model: PatchDenoiser, size: int, images: int, dtype: torch.dtype) -> int:
-    """Bytes of all that a forward pass of some images saves, weights included; views count once, as their storage."""
+    """Bytes of everything that a forward pass saves, weights included; views of one storage count once."""
     storages = set()
 
     def keep(tensor: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def _saved_bytes(model: PatchDenoiser, size: int, images: int, dtype: torch.dtyp
         return tensor
 
     device = torch.device("cuda")
-    _forget_tables()  # real ones of this device do not mix with fake ones, nor later the other way round
+    _forget_tables()  # cached real tensors must not mix with fake ones, nor afterwards the other way round
     try:
         with FakeTensorMode(), device, torch.enable_grad(), _cuda_autocast(dtype), FusedAttention():
             weights = {n: torch.empty(p.shape, requires_grad=True) for n, p in model.named_parameters()}
@@ -125,7 +125,7 @@ def _saved_bytes(model: PatchDenoiser, size: int, images: int, dtype: torch.dtyp
 
 @contextlib.contextmanager
 def _cuda_autocast(dtype: torch.dtype) -> Iterator[None]:
-    """torch.autocast("cuda") switches itself off where there is no GPU; this does not."""
+    """Like torch.autocast("cuda"), which switches itself off where there is no GPU; this does not."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", dtype != torch.float32)
     torch.set_autocast_dtype("cuda", dtype)
@@ -143,14 +143,14 @@ def _forget_tables() -> None:
 
 
 def training_rate(model: PatchDenoiser, size: int, images: int, dtype: torch.dtype, steps: int = 5) -> float:
-    """Measured images a second of one device: forward, backward and AdamW on random images, the median step.
+    """Measured images per second on one device: forward, backward and AdamW on random images, the median step.
 
     Args:
         model: on the device to measure; its weights change.
-        size: pixels a side.
-        images: at a time.
+        size: side of the images in pixels.
+        images: batch size.
         dtype: torch.bfloat16 for autocast, or torch.float32.
-        steps: that count, at least 1; three go before, to compile and to make AdamW's moments.
+        steps: steps to time, at least 1, after three that compile and create AdamW's moments.
     """
     device = model.patch_embed.weight.device
     model.train()

@@ -1,13 +1,13 @@
-"""What two configurations disagree in, for every message and table that compares them."""
+"""Where two configurations differ, for every message and table that compares them."""
 
 import dataclasses
 from typing import Any, NamedTuple
 
 
 class Difference(NamedTuple):
-    """One entry that two configurations disagree in; a missing entry is None."""
+    """One entry in which two configurations differ; a missing entry is None."""
 
-    name: str  # dotted where it is nested, "model.width"
+    name: str  # dotted if nested, "model.width"
     old: Any
     new: Any
 
@@ -15,7 +15,7 @@ class Difference(NamedTuple):
 def differences(old: Any, new: Any) -> list[Difference]:
     """The entries that differ between two dataclass instances or nested dictionaries, by name.
 
-    Lists and tuples with equal entries are equal, since JSON knows only one of them.
+    Lists and tuples with equal entries are equal, since JSON knows only lists.
     """
     old, new = (_entries(config) for config in (old, new))
     found = []
@@ -33,5 +33,5 @@ def _entries(config: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, all the way down."""
+    """The value with all tuples turned into lists, nested ones included."""
     return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value

@@ -1,7 +1,7 @@
-"""One training run on many devices: which process this is, how a model is replicated or sharded, what all agree on.
+"""One training run on many devices: which process this is, how models are replicated or sharded, what is exchanged.
 
-torchrun starts one process for each device (of one machine or of many) and tells each its rank. A process that it did
-not start is alone, and then nothing here costs anything.
+torchrun starts one process per device (on one machine or many) and tells each its rank. A process that was not started
+by torchrun is on its own, and then everything here is free.
 """
 
 import os
@@ -20,11 +20,11 @@ class World:
     """The processes of a program, seen from one of them."""
 
     rank: int
-    """this process, 0 … size − 1"""
+    """number of this process, 0 … size − 1"""
     size: int
-    """how many there are"""
+    """number of processes"""
     device: torch.device
-    """where this one computes"""
+    """device of this process"""
 
     @property
     def leads(self) -> bool:
@@ -32,16 +32,16 @@ class World:
         return self.rank == 0
 
     def positions(self, batch_size: int) -> range:
-        """This process's part of the global batch's positions 0 … batch_size − 1."""
+        """This process's share of the positions 0 … batch_size − 1 in the global batch."""
         each = batch_size // self.size
         return range(self.rank * each, (self.rank + 1) * each)
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean of every process's value, the same tensor shape, on every process."""
+        """The mean of a tensor over all processes, on every process."""
         return self.sum(value) / self.size
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of every process's value, the same tensor shape, on every process."""
+        """The sum of a tensor over all processes, on every process."""
         if self.size == 1:
             return value
         total = value.clone()
@@ -49,7 +49,7 @@ class World:
         return total
 
     def gather(self, values: Tensor) -> Tensor:
-        """Every process's values [n], one after the other, [size · n]."""
+        """The values [n] of all processes, concatenated by rank: [size · n]."""
         if self.size == 1:
             return values
         parts = [torch.empty_like(values) for _ in range(self.size)]
@@ -57,7 +57,7 @@ class World:
         return torch.cat(parts)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process. Communicated over the CPU, so that no accelerator has to wait."""
+        """Whether the flag is set in any process. Communicated between CPUs, so no accelerator has to wait."""
         if self.size == 1:
             return flag
         votes = torch.tensor(int(flag))
@@ -71,14 +71,14 @@ class World:
 
 
 def default_device() -> torch.device:
-    """A GPU when there is one."""
+    """A GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def join(device: torch.device | None = None) -> World:
-    """This process's world: what torchrun's environment says, or a world of its own.
+    """This process's world: the one described by torchrun's environment, or a world of one process.
 
-    `device` is by default the process's GPU when there is one.
+    `device` defaults to the process's own GPU, if there is one.
     """
     if "RANK" not in os.environ:
         return World(0, 1, device or default_device())
@@ -98,10 +98,10 @@ def leave() -> None:
 
 
 def shard(model: nn.Module, world: World) -> None:
-    """FSDP2: every process keeps a part of each weight, of its gradient and of the optimiser's state.
+    """FSDP2: every process keeps a part of each weight, of its gradient and of its optimiser state.
 
-    A block's weights are gathered when it computes and let go after, so the memory for them shrinks with the number of
-    processes. Source: Zhao et al. 2304.11277.
+    A block's weights are gathered while it computes and freed afterwards, so memory per process shrinks with the number
+    of processes. Source: Zhao et al. 2304.11277.
     """
     if not dist.is_initialized():
         raise InputError("shard is on, but this process is alone: start it with torchrun")
@@ -120,17 +120,17 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: all of it, or its shard."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # which a DTensor has
+    """The part of a tensor that this process holds: all of it, or its shard."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # only a DTensor has it
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """A tensor in full, its shards gathered; every process calls it."""
+    """The full tensor, gathered from its shards; every process has to call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def replicate(model: nn.Module, world: World) -> nn.Module:
-    """DDP: every process keeps the whole model, and gradients are averaged while the backward pass runs."""
+    """DDP: every process keeps a full copy of the model; gradients are averaged during the backward pass."""
     if world.size == 1 or is_sharded(model):
         return model
     devices = [world.device] if world.device.type == "cuda" else None
@@ -140,13 +140,13 @@ def replicate(model: nn.Module, world: World) -> nn.Module:
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The model itself, without what `replicate` put around it."""
+    """The model itself, without the wrapper that `replicate` adds."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def exchange_gradients(model: nn.Module, exchange: bool) -> None:
-    """Whether the next backward pass ends with the gradients of all processes: only the last of a step has to."""
+    """Set whether the next backward pass exchanges gradients: only the last one of a step has to."""
     if is_sharded(model):
         model.set_requires_gradient_sync(exchange)
     elif isinstance(model, DistributedDataParallel):
-        model.require_backward_grad_sync = exchange  # what its context manager no_sync sets
+        model.require_backward_grad_sync = exchange  # as DDP's context manager no_sync does

@@ -1,7 +1,7 @@
-"""The coordinate encodings of a neural field: what each pixel of a patch is told about where it is.
+"""The coordinate encodings of a neural field: what each pixel of a patch is told about its position.
 
-An encoding is one function, its row in ENCODINGS and its name in Encoding. torch is imported by the functions, so that
-the names are to be had without it, for a configuration or for --help.
+An encoding consists of a function, a row in ENCODINGS and a name in Encoding. The functions import torch themselves, so
+that configurations and --help can list the names without it.
 
 Dimension letters: K pixels of a patch (row-major), F features of a pixel's coordinates.
 """
@@ -53,7 +53,7 @@ def sincos_encoding(height: int, width: int, dtype: torch.dtype, device: torch.d
 
 
 def no_encoding(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """No features, [K, 0]: the field sees each pixel's noisy value alone."""
+    """No features, [K, 0]: the field sees only each pixel's noisy value."""
     import torch
 
     return torch.zeros(height * width, 0, dtype=dtype, device=device)
@@ -69,7 +69,7 @@ def encoding_features(encoding: Encoding) -> int:
 
 @functools.lru_cache(maxsize=32)
 def coordinate_table(encoding: Encoding, height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The encoded coordinates of a patch's pixels, [K, F]: the same for every patch, so made once and kept."""
+    """The encoded coordinates of a patch's pixels, [K, F]: the same for every patch, so computed once and cached."""
     import torch
 
     with torch.inference_mode(False):  # the table outlives the caller, who may be in inference mode

@@ -1,6 +1,6 @@
-"""Evaluation: from a run or images to a row of metrics.json, measured once.
+"""Evaluation: from a run or a set of images to a row of metrics.json, measured only once.
 
-The images are a run's samples, a file or folder of images, or sampled on the spot, straight into the features. Under
+The images are a run's saved samples, a file or folder of images, or sampled on the fly without being stored. Under
 torchrun every process samples and measures its share. Dimension letters: B images of a batch, H × W pixels.
 """
 
@@ -28,27 +28,27 @@ from .sampling import sample
 
 
 class Evaluation(NamedTuple):
-    """What came out."""
+    """The result of an evaluation."""
 
-    settings: dict[str, Any]  # how it was measured: what its row of metrics.json is found by
+    settings: dict[str, Any]  # how it was measured: identifies its row in metrics.json
     scores: dict[str, float]  # by name; empty in all processes but the leading one
-    digit_agreement: float | None = None  # of a digits run's samples: the share that reads as asked for
+    digit_agreement: float | None = None  # share of a digits run's samples that show the digit asked for
 
 
 def evaluate(config: EvaluationConfig, world: World | None = None) -> Evaluation:
     """Measure images against real ones. A run keeps each result in metrics.json and is not measured twice.
 
     Args:
-        config: which images, against which, how.
+        config: which images to measure, against which, and how.
         world: the processes that share the work; by default those of this program.
 
     Raises:
-        InputError: images, reference, checkpoint or network that are missing or do not fit one another.
+        InputError: images, reference, checkpoint or network are missing or do not match.
     """
     run, world = Run(config.source), world or join()
     is_run = run.config_path.is_file()
     if not is_run and (config.draw or not config.reference):
-        raise InputError(f"{config.source} holds no run: name the real images with --reference, and draw nothing")
+        raise InputError(f"{config.source} holds no run: name the real images with --reference, and leave out --draw")
     agreement = None
     if is_run and not config.draw and world.leads:
         agreement = _digit_agreement(run)
@@ -75,7 +75,7 @@ def evaluate(config: EvaluationConfig, world: World | None = None) -> Evaluation
 
 
 def row_settings(config: EvaluationConfig, images: Images | None = None) -> dict[str, Any]:
-    """What a row of metrics.json is found by, see `Run.evaluation`; `images` are those that are not sampled here."""
+    """The settings that identify a row of metrics.json, see `Run.evaluation`; `images` are existing ones to measure."""
     run = Run(config.source)
     reference = config.reference or run.config().data
     if images is not None:
@@ -99,7 +99,7 @@ def row_settings(config: EvaluationConfig, images: Images | None = None) -> dict
 
 
 def _digit_agreement(run: Run) -> float | None:
-    """Of a run on digits: the share of its samples that read as asked for, kept in metrics.json; None for others."""
+    """Share of a digits run's samples that show the digit asked for, kept in metrics.json; None for other runs."""
     if run.config().data != "digits":
         return None
     images, labels = run.load_samples()
@@ -109,10 +109,10 @@ def _digit_agreement(run: Run) -> float | None:
 
 
 class Samples:
-    """The images that a run's newest checkpoint is asked for, sampled batch by batch, each process its share.
+    """Images sampled with a run's newest checkpoint, batch by batch; each process samples its share.
 
     Raises:
-        InputError: no checkpoint, or a reference without the captions that a text model needs.
+        InputError: there is no checkpoint, or the reference lacks the captions that a text model needs.
     """
 
     def __init__(self, config: EvaluationConfig, world: World):
@@ -123,13 +123,13 @@ class Samples:
         self.image_size = self.model.config.image_size
         self.conditions: Conditions = model_conditions(self.model, run_config, world.device)
         self.subjects: Sequence[Subject] = self.conditions.subjects(self.reference, self.image_size)
-        self.labels = torch.arange(config.draw) % len(self.subjects)  # [images], numbers of the subjects
+        self.labels = torch.arange(config.draw) % len(self.subjects)  # [images], indices of subjects
         if config.classes == "random":
             chosen_by = torch.Generator().manual_seed(config.seed)
             self.labels = torch.randint(len(self.subjects), (config.draw,), generator=chosen_by)
 
     def batches(self) -> Iterator[tuple[int, Tensor]]:
-        """This process's batches: the number of the first image, and uint8 [B, 3, H, W]."""
+        """This process's batches: the index of the first image, and uint8 [B, 3, H, W]."""
         config, world, size = self.config, self.world, self.image_size
         nothing = self.conditions.nothing
         file = SampleFile(Path(config.out), (config.draw, size, size, 3), world) if config.out else None
@@ -155,7 +155,7 @@ class Samples:
 
 
 def _scene_scores(samples: Samples, world: World) -> dict[str, float]:
-    """How many samples of scenes show their caption, and how many true images do, by the same detector."""
+    """The share of samples that show their caption, and that of true images, by the same detector."""
     size, count = samples.image_size, samples.config.draw
     dataset = data.load(samples.reference, size)
     if samples.conditions.subject != "prompt" or not isinstance(dataset, data.Shapes):

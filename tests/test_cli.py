@@ -61,7 +61,7 @@ def test_the_published_recipe_asks_for_its_data(tmp_path, capsys, monkeypatch):
 
 def test_text_runs_take_prompts_and_class_runs_labels(trained, tmp_path, capsys, monkeypatch, tiny_folder):
     assert run("sample", trained, "--prompts", "a cat") == 2
-    assert "is of a class-conditional model: it takes --labels" in capsys.readouterr().err
+    assert "has a class-conditional model: it takes --labels" in capsys.readouterr().err
 
     def captioned(name, image_size):
         gratings = original(name, image_size)
@@ -75,7 +75,7 @@ def test_text_runs_take_prompts_and_class_runs_labels(trained, tmp_path, capsys,
     flags = ["--sampling.steps", 2, "--sampling.guidance", 2]
     assert run("train", "--out", tmp_path / "run", *TINY, *text, *flags) == 0
     assert run("sample", tmp_path / "run") == 2
-    assert "is of a text model: name --prompts" in capsys.readouterr().err
+    assert "has a text model: it takes --prompts" in capsys.readouterr().err
     assert run("sample", tmp_path / "run", "--prompts", "a red cat", "a dog", "--count", 4) == 0
     with np.load(tmp_path / "run" / "samples.npz") as file:
         assert file["arr_0"].shape == (4, 16, 16, 3)

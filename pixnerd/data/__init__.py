@@ -1,6 +1,6 @@
-"""Data sets by name, each in a file of its own: images in [−1, 1] with labels, some with captions.
+"""Data sets by name: images in [−1, 1] with labels, some with captions.
 
-A data set is one file, and one line in DATA_SETS. Nothing but the names is imported before it is asked for.
+A data set consists of a module and a line in DATA_SETS. Each module is imported only when it is needed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Source(NamedTuple):
     """How a kind of data set is named and opened."""
 
     forms: tuple[str, ...]
-    """the names it goes by; one with a colon takes what follows as an argument"""
+    """the names it goes by; after a colon comes an argument"""
     opener: str
-    """module and function, called with the argument, where there may be one, and the image size"""
+    """module and function, called with the argument, if any form takes one, and the image size"""
 
 
 DATA_SETS = {

@@ -1,6 +1,6 @@
 """Images with captions, for text-to-image training: a folder of files, or any number of webdataset shards.
 
-Both are read by index, in any order, because a training's order is a function of (seed, step, position).
+Both are read by index, in any order, because the order of training is a function of (seed, step, position).
 """
 
 import hashlib
@@ -27,12 +27,12 @@ BLOCK = 512  # bytes; everything in a tar file starts at a multiple of it
 
 
 def _one_class(images: int) -> tuple[Tensor, list[str]]:
-    """Label 0 for every image, in the memory of one, and the classes' names."""
+    """Label 0 for every image, stored only once, and the class names."""
     return torch.zeros(1, dtype=torch.long).expand(images), ["image"]
 
 
 def split_captions(text: bytes, name: object) -> tuple[str, ...]:
-    """The captions in a .txt file: its lines that are not empty, the plainest first.
+    """The captions in a .txt file: its non-empty lines, the plainest first.
 
     Raises:
         InputError: `name` is not UTF-8.
@@ -48,10 +48,10 @@ def split_captions(text: bytes, name: object) -> tuple[str, ...]:
 
 
 class CaptionFolder(ImageDataset):
-    """The .bmp, .jpeg, .jpg, .png and .webp files in a folder and below, in alphabetical order, as class 0.
+    """The .bmp, .jpeg, .jpg, .png and .webp files in a folder and its sub-folders, in alphabetical order, as class 0.
 
     The captions of `cat.jpg` are the lines of `cat.txt` beside it. Every caption is read and every image's header
-    checked at the start, so that a wrong file stops a training before it begins.
+    checked at the start, so that a bad file is found before training begins.
     """
 
     def __init__(self, root: str | Path, image_size: int):
@@ -77,7 +77,7 @@ class CaptionFolder(ImageDataset):
 
 
 def _captions_beside(image: Path) -> tuple[str, ...]:
-    """Empty where the .txt file is missing, too."""
+    """The captions of an image; empty if the .txt file is missing."""
     path = image.with_suffix(".txt")
     return split_captions(path.read_bytes(), path) if path.is_file() else ()
 
@@ -86,14 +86,14 @@ def _captions_beside(image: Path) -> tuple[str, ...]:
 
 
 class Member(NamedTuple):
-    """A file inside a shard; as a string its name, `shard.tar: member`."""
+    """A file inside a shard; str() gives its name, `shard.tar: member`."""
 
     shard: Path
     offset: int  # of its first byte in the shard
     size: int  # bytes
 
     def read(self) -> bytes:
-        """All bytes; the shard is opened each time, so that processes share no position in it and none stays open.
+        """All bytes; the shard is opened anew each time, so that processes share no file position and none stays open.
 
         Raises:
             InputError: the shard cannot be read, or has become shorter.
@@ -118,9 +118,9 @@ class Member(NamedTuple):
 
 
 class Samples:
-    """Where the image and the text of every sample lie, over all shards; 32 bytes for each sample.
+    """Where the image and the text of every sample lie in the shards; 32 bytes per sample.
 
-    A shard is read through once; what is found is kept under data/shards for as long as its size and time stay.
+    A shard is scanned once; its index is kept under data/shards until the shard's size or modification time changes.
     """
 
     def __init__(self, shards: Sequence[Path]):
@@ -148,7 +148,7 @@ class Samples:
 
 
 class ShardCaptions(Sequence[tuple[str, ...]]):
-    """The captions of every sample, each read when it is asked for."""
+    """The captions of every sample, read on demand."""
 
     def __init__(self, samples: Samples):
         self._samples = samples
@@ -164,10 +164,10 @@ class ShardCaptions(Sequence[tuple[str, ...]]):
 class CaptionShards(ImageDataset):
     """The samples of a folder's .tar files, shards in alphabetical order, as class 0.
 
-    A sample is what webdataset takes for one: consecutive members with the same key, which is everything before the
-    first dot of the base name. One of them is an image (.bmp, .jpeg, .jpg, .png, .webp), one a .txt with a caption on
-    each line; others, like .json, are left alone. Every caption and every image's header is checked when a shard is
-    first seen.
+    A sample is defined as in webdataset: consecutive members with the same key, which is everything before the first
+    dot of the base name. One of them is an image (.bmp, .jpeg, .jpg, .png, .webp), one a .txt with a caption on each
+    line; others, like .json, are ignored. Every caption and every image's header is checked when a shard is first
+    opened.
     """
 
     def __init__(self, root: str | Path, image_size: int):
@@ -206,12 +206,12 @@ def _index(shard: Path) -> np.ndarray:
 
 
 def _scan(shard: Path) -> np.ndarray:
-    """int64 [samples, 4], by reading the shard through. Raises InputError for whatever cannot be trained on."""
+    """int64 [samples, 4], found by scanning the shard. Raises InputError if a sample is incomplete or unreadable."""
     rows = []
     try:
         with tarfile.open(shard, "r:") as tar:
             files = [(*found.groups(), member) for member in tar if (found := _file_of_sample(member))]
-            # tarfile takes a broken header, or none, for the end; a whole file ends with a block of zeros
+            # tarfile takes a broken or missing header for the end; a complete file ends with a block of zeros
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(BLOCK) != bytes(BLOCK):
                 raise tarfile.ReadError(f"damaged or cut off at byte {tar.offset}")

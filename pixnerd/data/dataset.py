@@ -1,4 +1,4 @@
-"""What every data set is: uint8 pixels by index, labels, class names; and the way from pixels to [−1, 1] and back."""
+"""The interface of every data set: uint8 pixels by index, labels, class names; and pixels to [−1, 1] and back."""
 
 import os
 from abc import ABC, abstractmethod
@@ -13,7 +13,7 @@ from ..errors import InputError
 
 
 def cache_folder() -> Path:
-    """Where fetched and computed data is kept: $PIXNERD_DATA, or data/ of the project, or data/ here."""
+    """Where downloaded and computed data is kept: $PIXNERD_DATA, else the project's data/, else ./data."""
     project = Path(__file__).parents[2]
     default = project / "data" if (project / "pyproject.toml").is_file() else Path("data")
     return Path(os.environ.get("PIXNERD_DATA", default))
@@ -30,7 +30,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 class ImageDataset(Dataset, ABC):
-    """Images of one size with a class each.
+    """Images of one size, each with a class.
 
     `dataset[i]` is (image [C, S, S] in [−1, 1], label); `batch` gives the same as uint8, a quarter of the bytes.
     """
@@ -41,7 +41,7 @@ class ImageDataset(Dataset, ABC):
         self.image_size, self.channels = image_size, channels
         self.labels = torch.as_tensor(labels, dtype=torch.long)  # [len(self)]
         self.classes = list(classes)  # the name of every label
-        self.captions: Sequence[tuple[str, ...]] = []  # for each image the ways to describe it, the plainest first
+        self.captions: Sequence[tuple[str, ...]] = []  # each image's captions, the plainest first
 
     @property
     def num_classes(self) -> int:

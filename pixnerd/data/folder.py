@@ -1,4 +1,4 @@
-"""A folder with one sub-folder per class, holding images of any size: cropped and scaled as in ADM."""
+"""A folder with one sub-folder per class, with images of any size: cropped and scaled as in ADM."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +19,7 @@ SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's centre crop to size × size: halve with BOX while the short side is ≥ 2·size, then BICUBIC, then crop.
 
-    Source: Dhariwal & Nichol 2105.05233, released code; every ImageNet result is reported on images cropped like this.
+    Source: Dhariwal & Nichol 2105.05233, released code; published ImageNet results use images cropped like this.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -30,7 +30,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def read_pixels(source: Path | BinaryIO, name: object, size: int) -> Tensor:
-    """The image as uint8 [3, size, size]: turned upright by its EXIF tag, as RGB, cropped by `center_crop`.
+    """The image as uint8 [3, size, size]: rotated upright by its EXIF tag, as RGB, cropped by `center_crop`.
 
     Raises:
         InputError: `name` cannot be decoded.
@@ -44,19 +44,19 @@ def read_pixels(source: Path | BinaryIO, name: object, size: int) -> Tensor:
 
 
 def check_header(source: Path | BinaryIO, name: object) -> None:
-    """Raise InputError with the `name` unless its first bytes are those of an image."""
+    """Raise an InputError that mentions `name` unless the first bytes are those of an image."""
     try:
         Image.open(source).close()
     except UnidentifiedImageError as error:
-        raise InputError(f"{name} is not an image, whatever its name says") from error
+        raise InputError(f"{name} is not an image, despite its name") from error
     except Exception as error:
         raise InputError(f"{name} cannot be opened: {error}") from error
 
 
 class ImageFolder(ImageDataset):
-    """Classes are the sub-folders in alphabetical order, images the .bmp, .jpeg, .jpg, .png and .webp files below them.
+    """Classes are the sub-folders in alphabetical order, images the .bmp, .jpeg, .jpg, .png and .webp files in them.
 
-    Every file's header is checked at the start, so that a wrong file stops a training before it begins.
+    Every file's header is checked at the start, so that a bad file is found before training begins.
     """
 
     def __init__(self, root: str | Path, image_size: int):

@@ -1,7 +1,7 @@
-"""ImageNet as ILSVRC 2012 is unpacked: one folder for each of 1,000 synsets, named by its WordNet id.
+"""ImageNet as unpacked from ILSVRC 2012: one folder for each of 1,000 synsets, named by its WordNet id.
 
-A label is the place of the id in alphabetical order, n01440764 (tench) = 0 … n15075141 (toilet tissue) = 999. That is
-the order of every published class-conditional model, so a folder more or less would move labels and is refused.
+A label is the index of the id in alphabetical order, n01440764 (tench) = 0 … n15075141 (toilet tissue) = 999. All
+published class-conditional models use this order; an extra or missing folder would shift labels and is refused.
 """
 
 import hashlib
@@ -17,11 +17,11 @@ from .dataset import ImageDataset
 from .folder import SUFFIXES, read_pixels
 
 LIST = Path(__file__).with_name("imagenet_synsets.txt")
-SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"  # of the ids with line breaks between
+SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"  # of the ids, joined by line breaks
 
 
 def synsets() -> list[str]:
-    """The 1,000 WordNet ids, in the order of their labels. Raises InputError when the list is not the one we know."""
+    """The 1,000 WordNet ids, in the order of their labels. Raises InputError when the list's sha256 differs."""
     ids = LIST.read_text().split()
     if hashlib.sha256("\n".join(ids).encode()).hexdigest() != SHA256:
         raise InputError(f"{LIST} is not the list of ImageNet's classes (its sha256 differs): reinstall pixnerd")
@@ -32,7 +32,7 @@ class ImageNet(ImageDataset):
     """The 1,000 class folders in `root` or in `root`/train, images cropped and scaled as in ADM; classes are the ids.
 
     Images are the .bmp, .jpeg, .jpg, .png and .webp files directly in a class folder. None is opened at the start,
-    since a million would take minutes: one that cannot be read is named when its turn comes.
+    since opening a million would take minutes: an unreadable one raises an error when it is first needed.
     """
 
     def __init__(self, root: str | Path, image_size: int):
@@ -50,7 +50,7 @@ class ImageNet(ImageDataset):
                 raise InputError(f"folder {self.root / name} holds no images ({', '.join(sorted(SUFFIXES))})")
             names += found
             labels += [label] * len(found)
-        # one array: worker processes share it, while touching a million Python objects would copy them into each
+        # one array, which worker processes share; a million Python strings would be copied into each of them
         self._names = np.array(names)
         super().__init__(image_size, 3, labels, classes)
 

@@ -1,8 +1,8 @@
 """A data set cropped once and kept as plain pixels, so that training neither decodes nor crops.
 
-The images lie in shards, `00000.npy`, `00001.npy`, …, each uint8 [images, C, S, S] without compression: about twice the
-bytes of PNG for a thirtieth of its time. Beside each lies `00000.json` with its sha256 and what was skipped;
-`manifest.json`, written last, holds what reading needs.
+The images are stored in shards, `00000.npy`, `00001.npy`, …, each uint8 [images, C, S, S], uncompressed: about twice
+the bytes of PNG, read in a thirtieth of the time. `00000.json` beside each has its sha256 and the skipped images;
+`manifest.json`, written last, has what reading needs.
 """
 
 import hashlib
@@ -29,8 +29,8 @@ from ..errors import InputError
 from ..files import read_json, remove_partial_files, replacing, write_atomically
 from .dataset import ImageDataset
 
-SHARD_IMAGES = 1024  # at most, so that little is lost when a copy is interrupted
-SHARD_BYTES = 2**28  # at most: a shard is in memory while it is made, one in each process
+SHARD_IMAGES = 1024  # at most, so that an interruption loses little
+SHARD_BYTES = 2**28  # at most: each process holds one shard in memory while writing it
 MANIFEST, PLAN, SKIPPED = "manifest.json", "plan.json", "skipped.txt"
 
 
@@ -40,7 +40,7 @@ MANIFEST, PLAN, SKIPPED = "manifest.json", "plan.json", "skipped.txt"
 class Prepared(ImageDataset):
     """The images that `prepare` kept, in the source's order, with the source's labels and classes.
 
-    Every shard's length is checked at the start; `verify` reads all bytes.
+    Every shard's length is checked at the start; `verify` checks all bytes.
     """
 
     def __init__(self, root: str | Path, image_size: int):
@@ -50,17 +50,17 @@ class Prepared(ImageDataset):
         if image_size != size:
             raise InputError(
                 f"{self.root} was prepared at {size}x{size}, not at {image_size}x{image_size}: ask for image size "
-                f"{size}, or prepare {self.source} once more into another folder"
+                f"{size}, or prepare {self.source} again in another folder"
             )
         super().__init__(size, manifest["channels"], manifest["labels"], manifest["classes"])
         self._shards = manifest["shards"]  # file, images, bytes, sha256 of each
         for shard in self._shards:
             path = self.root / shard["file"]
             if not path.is_file():
-                raise InputError(f"{path} is missing; to prepare {self.source} again makes what is missing")
+                raise InputError(f"{path} is missing; preparing {self.source} again restores it")
             if path.stat().st_size != shard["bytes"]:
                 raise InputError(
-                    f"{path} has {path.stat().st_size} bytes instead of {shard['bytes']}; to prepare {self.source} "
+                    f"{path} has {path.stat().st_size} bytes instead of {shard['bytes']}; preparing {self.source} "
                     "again replaces it"
                 )
         self._ends = np.cumsum([shard["images"] for shard in self._shards])  # [shards]
@@ -73,16 +73,16 @@ class Prepared(ImageDataset):
         image_bytes = math.prod(shape)
         start = self._shards[number]["bytes"] - (int(self._ends[number]) - index) * image_bytes
         try:
-            # not a memory map: that would end the process where a disk fails, and would be copied whole by pickle
+            # not a memory map: a disk error would kill the process, and pickle would copy the entire map
             values = np.fromfile(path, np.uint8, count=image_bytes, offset=start)
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error}") from error
         if len(values) < image_bytes:
-            raise InputError(f"{path} has become shorter since it was made")
+            raise InputError(f"{path} has become shorter since it was written")
         return torch.from_numpy(values).view(shape)
 
     def verify(self) -> None:
-        """Read every shard through. Raises InputError naming the first whose sha256 is not the manifest's."""
+        """Read all shards. Raises InputError naming the first whose sha256 differs from the manifest's."""
         with ThreadPoolExecutor() as pool:
             digests = pool.map(_sha256, [self.root / shard["file"] for shard in self._shards])
             bar = tqdm(digests, desc="checking", total=len(self._shards), unit="shard", leave=False, delay=2)
@@ -90,7 +90,7 @@ class Prepared(ImageDataset):
                 if digest != shard["sha256"]:
                     raise InputError(
                         f"{self.root / shard['file']} is damaged (its sha256 differs): remove it and prepare "
-                        f"{self.source} again, which makes what is missing"
+                        f"{self.source} again, which restores it"
                     )
 
 
@@ -110,26 +110,26 @@ def _read_manifest(root: Path) -> dict[str, Any]:
 
 
 class Shards(Dataset):
-    """Writes shard number i when asked for it, and gives how many source images that took care of.
+    """Indexing with i writes shard number i and returns how many source images it covers.
 
-    What stops the work is handed over as a value: a worker process would wrap a raised error in a traceback.
+    An error that stops the work is returned as a value: a worker process would wrap a raised error in a traceback.
     """
 
     def __init__(self, source: ImageDataset, folder: Path):
         self.source, self.folder = source, folder
         self.image_shape = (source.channels, source.image_size, source.image_size)
         self.image_bytes = math.prod(self.image_shape)
-        self.images = max(1, min(SHARD_IMAGES, SHARD_BYTES // self.image_bytes))  # source images of a full shard
+        self.images = max(1, min(SHARD_IMAGES, SHARD_BYTES // self.image_bytes))  # source images per full shard
 
     def __len__(self) -> int:
         return -(-len(self.source) // self.images)
 
     def indices(self, number: int) -> range:
-        """The source's images that belong into shard `number`."""
+        """The source's images that belong in shard `number`."""
         return range(number * self.images, min((number + 1) * self.images, len(self.source)))
 
     def record(self, number: int) -> dict[str, Any] | None:
-        """file, images, bytes, sha256, skipped ([index, sentence] each) of a finished shard, None for another."""
+        """file, images, bytes, sha256, skipped ([index, sentence] each) of a finished shard; None if unfinished."""
         beside = self._path(number).with_suffix(".json")
         record = json.loads(beside.read_text()) if beside.is_file() else None
         path = self._path(number)
@@ -161,21 +161,21 @@ class Shards(Dataset):
 
 
 class Copy(NamedTuple):
-    """What `prepare` has made."""
+    """The result of `prepare`."""
 
     images: Prepared
-    kept: Tensor  # [len(images)] the place of each image in the source
+    kept: Tensor  # [len(images)] the index of each image in the source
     skipped: list[str]  # a sentence for each image that could not be read
 
 
 def prepare(source: ImageDataset, name: str, folder: Path, workers: int) -> Copy:
-    """Write `source`, the data set called `name`, into `folder`, or go on with what an earlier call began there.
+    """Write `source`, the data set called `name`, to `folder`, or resume what an earlier call began there.
 
-    Finished shards stay as they are; on a finished copy the call checks every byte instead. Images that cannot be read
+    Finished shards stay as they are; for a finished copy the call checks every byte instead. Images that cannot be read
     are left out and listed in skipped.txt.
 
     Args:
-        workers: processes that read and crop; 0 does it in this one.
+        workers: processes that read and crop; 0 uses this one.
 
     Raises:
         InputError: `source` has captions, `folder` holds something else or is damaged, the disk is too small or fails.
@@ -204,7 +204,7 @@ def prepare(source: ImageDataset, name: str, folder: Path, workers: int) -> Copy
 
 
 def _begin(shards: Shards, name: str) -> None:
-    """Make the folder, or check that what it holds is a copy of the same images."""
+    """Create the folder, or check that it holds a copy of the same images."""
     source, path = shards.source, shards.folder / PLAN
     plan = {
         "source": name,
@@ -258,9 +258,9 @@ def _sha256(path: Path) -> str:
 
 
 class Speeds(NamedTuple):
-    """Images read in a second by one process."""
+    """Images read per second by one process."""
 
-    images: int  # read of each
+    images: int  # read from each
     source: float
     copy: float
     machine: str
@@ -273,31 +273,31 @@ class Speeds(NamedTuple):
 
 
 def read_speeds(source: ImageDataset, copy: Copy, images: int = 200) -> Speeds:
-    """How fast random images are read from both, as the file cache happens to have them.
+    """How fast random images are read from source and copy, whatever the file cache happens to hold.
 
     Raises:
-        InputError: an image of the copy is not the source's, so the source changed while the copy was being made.
+        InputError: an image of the copy differs from the source's, so the source has changed.
     """
-    places = torch.randperm(len(copy.kept), generator=torch.Generator().manual_seed(0))[:images]
+    chosen = torch.randperm(len(copy.kept), generator=torch.Generator().manual_seed(0))[:images]
     seconds = np.zeros(2)
-    for block in places.split(20):  # in turns, since a machine may become busier; in blocks, as a batch is read
+    for block in chosen.split(20):  # alternating, since a machine may become busier; in blocks, as a batch is read
         begin = time.perf_counter()
         originals = [source.pixels(index) for index in copy.kept[block].tolist()]
         between = time.perf_counter()
-        kept = [copy.images.pixels(place) for place in block.tolist()]
+        kept = [copy.images.pixels(index) for index in block.tolist()]
         seconds += between - begin, time.perf_counter() - between
-        for place, one, other in zip(block.tolist(), originals, kept, strict=True):
-            if not one.equal(other):
+        for index, original, copied in zip(block.tolist(), originals, kept, strict=True):
+            if not original.equal(copied):
                 raise InputError(
-                    f"image {place} of {copy.images.root} is no longer that of {copy.images.source}: "
-                    "prepare it into another folder"
+                    f"image {index} of {copy.images.root} is no longer that of {copy.images.source}: "
+                    "prepare the data set again in another folder"
                 )
-    rates = len(places) / seconds
-    return Speeds(len(places), float(rates[0]), float(rates[1]), _machine())
+    speeds = len(chosen) / seconds
+    return Speeds(len(chosen), float(speeds[0]), float(speeds[1]), _machine())
 
 
 def _machine() -> str:
-    """Cores and processor of this machine, as far as the system tells."""
+    """Cores and processor of this machine, as far as the system reports them."""
     about = Path("/proc/cpuinfo")
     named = re.search(r"^model name\s*:\s*(.+)$", about.read_text(), re.MULTILINE) if about.is_file() else None
     return f"{os.cpu_count()} cores of {named[1] if named else platform.machine()}"

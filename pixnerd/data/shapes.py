@@ -1,7 +1,7 @@
-"""Scenes of coloured shapes that are computed, with captions, and with the truth about each: text to image in small.
+"""Computed scenes of coloured shapes with captions and exact ground truth: a small text-to-image task.
 
-"two red circles left of a blue square": the pictures ask for what GenEval (arXiv 2310.11513) asks of photographs,
-and `metrics.scenes` reads it back without a network. Lengths are shares of the image's side; x goes right, y down.
+"two red circles left of a blue square": captions like GenEval's (arXiv 2310.11513) for photographs, which
+`metrics.scenes` checks without a network. Lengths are fractions of the image's side; x goes right, y down.
 
 Dimension letters: S pixels along a side, E edges of a polygon, X columns and Y rows of the pixels around an object.
 """
@@ -42,7 +42,7 @@ BACKGROUNDS = {"white": (255, 255, 255), "grey": (120, 120, 120), "black": (0, 0
 NUMBERS = ("no", "one", "two", "three", "four")
 INVERSE: dict[Relation, Relation] = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
-# what no training scene shows, in either order of words
+# what no training scene shows; for relations in either order of words
 HELD_OUT_COLOURS: dict[Shape, str] = {
     "circle": "green",
     "square": "pink",
@@ -65,13 +65,13 @@ IMAGES: dict[Split, int] = {"train": 20_000, "held-out": 2_000}
 
 MARGIN = 1.5 / 32  # between an object and the image's edge
 GAP = 2 / 32  # between the boxes of two objects
-TRIES = 16  # places for an object before all are taken off again
-COUNTS = ((1, 1), (1, 2), (2, 1), (2, 2))  # of the two groups of a composition; beside three no shape has room
+TRIES = 16  # positions tried for an object before the scene is started over
+COUNTS = ((1, 1), (1, 2), (2, 1), (2, 2))  # of a composition's two groups; three would leave no room for the other
 
 
 @dataclass(frozen=True)
 class Object:
-    """One drawn shape: the square box it fills has its middle at (x, y) and sides of 2·radius."""
+    """One shape, inside a square box with its centre at (x, y) and sides of 2·radius."""
 
     shape: Shape
     colour: str
@@ -82,7 +82,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Group:
-    """Objects that a caption speaks of together, "two red circles"."""
+    """Objects that a caption names together, "two red circles"."""
 
     count: int
     colour: str
@@ -91,22 +91,22 @@ class Group:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is to be seen: the objects of the groups, one group after the other, on a plain background."""
+    """The contents of an image: the objects, group by group, on a plain background."""
 
     task: Task
     groups: tuple[Group, ...]  # one or two, of different shapes and colours
-    relation: Relation | None  # of every object of the first group to every object of the second
+    relation: Relation | None  # of each object in the first group to each in the second
     objects: tuple[Object, ...]
     background: str
 
     @property
     def names_colours(self) -> bool:
-        """Whether the captions say which colours the groups have; else they are anyone's choice."""
+        """Whether the captions name the groups' colours; if not, any colours will do."""
         return self.task in ("colour", "binding", "composition")
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """Ways to say it, the plainest first; none says more or less than another."""
+        """Equivalent descriptions of the scene, the plainest first."""
         colours = [group.colour if self.names_colours else "" for group in self.groups]
         named = [_words(group, colour) for group, colour in zip(self.groups, colours, strict=True)]
         match self.task, self.relation:
@@ -135,16 +135,16 @@ def _words(group: Group, colour: str) -> str:
     return f"{NUMBERS[group.count]} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
-# --- making a scene up ---------------------------------------------------------------------------------------------
+# --- composing a scene ---------------------------------------------------------------------------------------------
 
 
 def has_held_out_colour(groups: Sequence[Group]) -> bool:
-    """Whether a shape has the colour that training never shows it in."""
+    """Whether a shape has the colour in which training never shows it."""
     return any(HELD_OUT_COLOURS[group.shape] == group.colour for group in groups)
 
 
 def is_held_out_relation(groups: Sequence[Group], relation: Relation | None) -> bool:
-    """Whether two shapes stand as no training caption says, in either order of words."""
+    """Whether two shapes are in a relation that no training caption describes, in either order of words."""
     if relation is None:
         return False
     first, second = (group.shape for group in groups)
@@ -152,8 +152,8 @@ def is_held_out_relation(groups: Sequence[Group], relation: Relation | None) -> 
 
 
 def make_scene(split: Split, index: int) -> Scene:
-    """Scene `index` of a split, always the same one; tasks take turns."""
-    # only random() is promised to give the same numbers in every version of Python
+    """Scene `index` of a split, always the same one; the tasks alternate."""
+    # only random() is guaranteed to give the same numbers in every version of Python
     draw = random.Random(derived_seed(0, Purpose.SYNTHETIC_IMAGE, index, 1 + get_args(Split).index(split))).random
     tasks = TASKS if split == "train" else HELD_OUT_TASKS
     task = tasks[index % len(tasks)]
@@ -170,9 +170,9 @@ def make_scene(split: Split, index: int) -> Scene:
     return Scene(task, groups, relation, objects, _pick(draw, tuple(BACKGROUNDS)))
 
 
-@functools.cache  # a training that decodes several sizes opens the data set once for each
+@functools.cache  # training at several sizes opens the data set once per size
 def make_scenes(split: Split) -> tuple[Scene, ...]:
-    """All scenes of a split; the 20,000 take two seconds."""
+    """All scenes of a split; 20,000 take two seconds."""
     return tuple(make_scene(split, index) for index in range(IMAGES[split]))
 
 
@@ -197,33 +197,33 @@ def _draw_groups(draw: Callable[[], float], task: Task) -> tuple[Group, ...]:
 
 
 def _place(draw: Callable[[], float], groups: Sequence[Group], relation: Relation | None) -> tuple[Object, ...] | None:
-    """Objects at random places, their boxes GAP apart and in the relation; None where one finds no room in TRIES."""
+    """Objects at random positions, GAP apart and in the relation; None if one finds no room in TRIES attempts."""
     members = [group for group in groups for _ in range(group.count)]
     smallest, largest = (0.15, 0.24) if len(members) <= 2 else (0.14, 0.18)
     axis = 1 if relation in ("above", "below") else 0
-    placed: list[tuple[list[float], float]] = []  # the middle and the radius, as for "left of" and "above"
-    for place, group in enumerate(members):
+    placed: list[tuple[list[float], float]] = []  # centre and radius, as for "left of" and "above"
+    for number, group in enumerate(members):
         radius = smallest + (largest - smallest) * draw()
         lowest, highest = [MARGIN + radius] * 2, [1 - MARGIN - radius] * 2
         if relation and group == groups[0]:
             highest[axis] -= 2 * smallest + GAP
         elif relation:
-            lowest[axis] = max(middle[axis] + r for middle, r in placed[: groups[0].count]) + GAP + radius
+            lowest[axis] = max(centre[axis] + r for centre, r in placed[: groups[0].count]) + GAP + radius
         if lowest[axis] > highest[axis]:
             return None
         for _ in range(TRIES):
-            middle = [low + (high - low) * draw() for low, high in zip(lowest, highest, strict=True)]
-            if all(max(abs(middle[0] - x), abs(middle[1] - y)) >= radius + r + GAP for (x, y), r in placed):
-                placed.append((middle, radius))
+            centre = [low + (high - low) * draw() for low, high in zip(lowest, highest, strict=True)]
+            if all(max(abs(centre[0] - x), abs(centre[1] - y)) >= radius + r + GAP for (x, y), r in placed):
+                placed.append((centre, radius))
                 break
-        if len(placed) == place:
+        if len(placed) == number:
             return None
     if relation in ("right of", "below"):
-        for middle, _ in placed:
-            middle[axis] = 1 - middle[axis]
+        for centre, _ in placed:
+            centre[axis] = 1 - centre[axis]
     return tuple(
-        Object(group.shape, group.colour, *middle, radius)
-        for group, (middle, radius) in zip(members, placed, strict=True)
+        Object(group.shape, group.colour, *centre, radius)
+        for group, (centre, radius) in zip(members, placed, strict=True)
     )
 
 
@@ -257,9 +257,9 @@ def coverage(shape: Shape, x: float, y: float, radius: float, columns: np.ndarra
     """How much of each pixel a shape covers: exact areas, no sampling.
 
     Args:
-        x, y, radius: the middle of its box and half the box's side, in pixels.
-        columns: [X + 1] ascending edges of the pixels' columns, in pixels.
-        rows: [Y + 1] edges of their rows, one pixel apart.
+        x, y, radius: centre of the shape's box and half the box's side, in pixels.
+        columns: [X + 1] ascending edges of the pixel columns, in pixels.
+        rows: [Y + 1] edges of the pixel rows, one pixel apart.
 
     Returns:
         [Y, X] float64 in 0 … 1.
@@ -268,7 +268,7 @@ def coverage(shape: Shape, x: float, y: float, radius: float, columns: np.ndarra
         return _disc_corners(columns - x, rows[:, None] - y, radius)
     x0, y0 = (CORNERS[shape] * radius + (x, y)).T[:, :, None]  # [E, 1] each
     x1, y1 = np.roll(x0, -1, axis=0), np.roll(y0, -1, axis=0)
-    slanted = (x0 != x1)[:, 0]  # nothing lies above an upright edge
+    slanted = (x0 != x1)[:, 0]  # a vertical edge has no area above it
     x0, y0, x1, y1 = (value[slanted] for value in (x0, y0, x1, y1))
     slope = (y1 - y0) / (x1 - x0)
     at = np.clip(columns, np.minimum(x0, x1), np.maximum(x0, x1))  # [E, X + 1]
@@ -284,9 +284,9 @@ def coverage(shape: Shape, x: float, y: float, radius: float, columns: np.ndarra
 
 def _disc_corners(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     """[Y, X] coverage by a disc around 0, from x [X + 1] and y [Y + 1, 1]: differences of the area left of and below
-    each corner of the pixels."""
+    each pixel corner."""
 
-    square = radius * radius  # rounds as an array's square does, radius**2 may not: no root of −1e-17, no arc past 1
+    square = radius * radius  # rounds like an array's square, unlike radius**2: no root of −1e-17, no arcsin past 1
 
     def primitive(u: np.ndarray) -> np.ndarray:  # of √(r² − u²)
         return (u * np.sqrt(square - u * u) + square * np.arcsin(u / radius)) / 2
@@ -301,7 +301,7 @@ def _disc_corners(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
 
 
 def render(scene: Scene, size: int) -> Tensor:
-    """uint8 [3, S, S]: every pixel the mean of what lies in it, in sRGB values."""
+    """uint8 [3, S, S]: every pixel is the mean of the colours in it, by area, in sRGB values."""
     background = np.array(BACKGROUNDS[scene.background], dtype=np.float64)[:, None, None]
     image = np.broadcast_to(background, (3, size, size)).copy()
     for thing in scene.objects:
@@ -317,8 +317,8 @@ def render(scene: Scene, size: int) -> Tensor:
 class Shapes(ImageDataset):
     """Scenes of one to four shapes in eight colours on white, grey or black; class = task.
 
-    "train" has 20,000, and in none of them a shape in its held-out colour (HELD_OUT_COLOURS) or a caption with a
-    held-out relation (HELD_OUT_RELATIONS); each of the 2,000 captions of "held-out" names at least one of these.
+    "train" has 20,000 scenes, without any shape in its held-out colour (HELD_OUT_COLOURS) or any caption with a
+    held-out relation (HELD_OUT_RELATIONS); each of the 2,000 captions in "held-out" names at least one of these.
     """
 
     def __init__(self, image_size: int = 32, split: Split = "train"):
@@ -331,7 +331,7 @@ class Shapes(ImageDataset):
 
 
 def shapes_called(split: str, image_size: int) -> Shapes:
-    """The scenes of a name's split, "" or "train" or "held-out". Raises InputError for any other word."""
+    """The scenes of a split, "train" (or "") or "held-out". Raises InputError for any other word."""
     if split and split not in get_args(Split):
         raise InputError(
             f"{split!r} in data set 'shapes:{split}' is unknown; known words: {', '.join(get_args(Split))}"

@@ -1,4 +1,4 @@
-"""Images that are computed, not loaded: for tests, benchmarks and dry runs of any size without a data set."""
+"""Computed images: for tests, benchmarks and dry runs of any size without a data set."""
 
 import math
 
@@ -13,9 +13,9 @@ IMAGES = 1000
 
 
 class Synthetic(ImageDataset):
-    """Coloured gratings: class k is stripes at angle 18°·k; frequency, phase and colour come from the image's index.
+    """Coloured gratings: class k has stripes at angle 18°·k; the index decides frequency, phase and colour.
 
-    The captions are "stripes at 36 degrees" and "wide stripes at 36 degrees", or "narrow" from three waves a side.
+    The captions are "stripes at 36 degrees" and "wide stripes at 36 degrees", or "narrow" from three waves per side.
     """
 
     def __init__(self, image_size: int = 32):
@@ -41,5 +41,5 @@ def _draw(index: int) -> Tensor:
 
 
 def _cycles(draw: Tensor) -> Tensor:
-    """Waves over the image's side, 2 … 4; 0-dim."""
+    """Waves per image side, 2 … 4; 0-dim."""
     return 2 + 2 * draw[0]

@@ -416,9 +416,9 @@ def test_evaluate_refuses_what_shows_no_scenes(text_run, tmp_path, capsys):
         return capsys.readouterr().err
 
     scored = ("--network", "scenes", "--draw", 4)
-    assert "name --draw alone" in refused(text_run.folder, "--network", "scenes")
-    assert "name --draw alone" in refused(text_run.folder, *scored, "--weights", "x")
+    assert "use --draw alone" in refused(text_run.folder, "--network", "scenes")
+    assert "use --draw alone" in refused(text_run.folder, *scored, "--weights", "x")
     assert "against 'synthetic': it needs a text model" in refused(text_run.folder, *scored, "--reference", "synthetic")
-    assert "'digits' has none: name --reference" in refused(text_run.folder, *scored, "--reference", "digits")
+    assert "'digits' has none: choose another --reference" in refused(text_run.folder, *scored, "--reference", "digits")
     list(train(config_for(tmp_path / "run", steps=1), CPU))
     assert "it needs a text model" in refused(tmp_path / "run", *scored, "--reference", "shapes")

@@ -104,10 +104,10 @@ def test_sigterm_writes_a_checkpoint_and_ends_well(tmp_path):
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 0
     step = int((tmp_path / "run/checkpoints/latest").read_text().removeprefix("step-"))
-    assert f"stopped after step {step}, as told" in out
+    assert f"stopped after step {step}, as requested" in out
     assert step == Run(tmp_path / "run").read_log()[-1]["step"]
 
 
