@@ -64,13 +64,16 @@ def tiny_folder(tmp_path_factory):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """At the end of a test run: what every notebook took."""
+    """At the end of a test run: what every notebook took, in seconds and in units of a fixed piece of work."""
     reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
     rows = sorted(value for report in reports for name, value in report.user_properties if name == "notebook")
     if rows:
         terminalreporter.section("notebooks at smoke size")
-        terminalreporter.write_line(f"{'':24} seconds  computing   GiB")
-        for name, seconds, computing, gib in rows:
-            terminalreporter.write_line(f"{name:24} {seconds:7.0f} {computing:10.0f} {gib:5.2f}")
-        total, computing = (sum(row[i] for row in rows) for i in (1, 2))
-        terminalreporter.write_line(f"{'all':24} {total:7.0f} {computing:10.0f}")
+        titles = ("seconds", "processor", "units", "budget", "GiB")
+        terminalreporter.write_line(f"{'':24}" + "".join(f"{title:>10}" for title in titles))
+        for name, seconds, processor, units, budget, gib in rows:
+            over = "   over its budget" * (units > budget)
+            line = f"{name:24}{seconds:10.0f}{processor:10.0f}{units:10.1f}{budget:10.0f}{gib:10.2f}{over}"
+            terminalreporter.write_line(line)
+        seconds, processor = (sum(row[i] for row in rows) for i in (1, 2))
+        terminalreporter.write_line(f"{'all':24}{seconds:10.0f}{processor:10.0f}")

@@ -44,7 +44,7 @@ def is_running(pid):
         return False
 
 
-def wait_until(condition, seconds=20):
+def wait_until(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "this should have happened by now"
@@ -58,7 +58,7 @@ def test_lines_come_in_order_and_as_they_are_written(command, monkeypatch):
         "print('second', file=sys.stderr)\n"
         "print('\\n', file=sys.stderr)\n"
         "sys.stderr.write('\\r 10% of α'); sys.stderr.write('\\r 20% of α\\n')\n"
-        "end = time.monotonic() + 10\n"
+        "end = time.monotonic() + 300\n"
         "while not os.path.exists('go'):\n"
         "    time.sleep(0.01 if time.monotonic() < end else sys.exit('nobody has read me'))\n"
         "print('last')"
@@ -190,11 +190,11 @@ def test_a_killed_parent_leaves_no_worker_behind(tmp_path, one_thread):
     script = f"import sys; sys.path[0] = {ROOT!r}\n{script}"
     parent = subprocess.Popen([sys.executable, "-c", script])
     try:
-        wait_until(lambda: len(Run(out).read_log()) >= 2, seconds=120)
+        wait_until(lambda: len(Run(out).read_log()) >= 2)
         assert len(processes_with(out)) == 4  # the parent, torchrun, its two workers
         parent.kill()
         parent.wait()
-        wait_until(lambda: not processes_with(out), seconds=60)
+        wait_until(lambda: not processes_with(out))
     finally:
         for process in processes_with(out):
             os.kill(int(process), signal.SIGKILL)

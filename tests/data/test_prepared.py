@@ -166,7 +166,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_no_half_shard(root, tmp_path, mo
         patch.setattr(np, "save", killed)
         process = multiprocessing.get_context("fork").Process(target=prepare, args=(root, folder))
         process.start()
-        process.join(60)
+        process.join(300)
     assert process.exitcode == -signal.SIGKILL
     before = shard_files(folder)
     assert "00002.npy" in before

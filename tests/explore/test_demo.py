@@ -168,7 +168,7 @@ def test_a_request_refuses_what_cannot_be(class_run, changes, sentence):
         ({"size": 0}, "image size 0x0"),
         ({"size": 136}, "size is 136; here it has to be at most 8 · 16"),
         ({"subject": 11}, "label 11 is outside 0 … 10"),
-        ({"subject": "a cat"}, "subject is 'a cat'; this model draws from a class"),
+        ({"subject": "a cat"}, "subject is 'a cat'; this model takes a class"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused_before_any_step(class_run, changes, sentence):
@@ -177,7 +177,7 @@ def test_what_does_not_fit_the_model_is_refused_before_any_step(class_run, chang
 
 
 def test_a_text_model_wants_a_prompt(text_run):
-    with pytest.raises(InputError, match="subject is 2; this model draws from a prompt"):
+    with pytest.raises(InputError, match="subject is 2; this model takes a prompt"):
         states(open_run(text_run), request_for(text_run, subject=2))
 
 
@@ -392,11 +392,11 @@ def served(class_run, tmp_path):
         yield f"http://127.0.0.1:{port}/", server
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(300)
 
 
 def wait_for_server(address, server):
-    for _ in range(120):
+    for _ in range(600):
         assert server.poll() is None, "Voila stopped by itself"
         try:
             return urllib.request.urlopen(f"{address}voila/static/", timeout=5).close()
@@ -410,7 +410,7 @@ def wait_for_server(address, server):
 def test_draws_in_a_browser(page, served):
     address, server = served
     wait_for_server(address, server)
-    page.set_default_timeout(120_000)  # the first page waits for a kernel that imports torch
+    page.set_default_timeout(300_000)  # the first page waits for a kernel that imports torch
     page.goto(address)
     draw = page.get_by_role("button", name="Draw")
     draw.wait_for()

@@ -1,14 +1,16 @@
 """The notebooks of this project: which there are, what their metadata declare, and running one with its cost measured.
 
-A notebook's metadata have an entry `workbook`: `smoke`, the parameters of a short run; `budget`, the seconds of
-processor time and the GiB that such a run may take; and in a lesson `executed`, the hash of the code cells whose
-outputs it keeps.
+A notebook's metadata have an entry `workbook`: `smoke`, the parameters of a short run; `budget`, the GiB that such a
+run may take and the processor time that it should, in units of a fixed piece of work (see `unit`); and in a lesson
+`executed`, the hash of the code cells whose outputs it keeps.
 """
 
 import ast
+import functools
 import hashlib
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -87,3 +89,12 @@ def measured(command: list[str], folder: Path, **environment: str) -> Finished:
         output.seek(0)
         computing = usage.ru_utime + usage.ru_stime
         return Finished(process.returncode, output.read(), seconds, computing, usage.ru_maxrss / 2**20)  # KiB on Linux
+
+
+WORK = "import torch\nx = torch.rand(512, 512)\nfor _ in range(300): x = (x @ x).softmax(1)"
+
+
+@functools.cache
+def unit() -> float:
+    """Seconds of processor time that a fixed piece of work takes now and here: torch's import and some products."""
+    return measured([sys.executable, "-c", WORK], ROOT).processor_seconds
