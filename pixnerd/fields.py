@@ -1,8 +1,8 @@
 """The two heads: a neural field for every patch (the paper's contribution), and the linear layer it replaces.
 
-A head turns one condition vector per patch into the pixels of that patch. The neural field does so with a small
-network of its own per patch: the shared layers read each pixel's noisy value and coordinates, and the layers between
-them have weights that a linear layer of the condition generates. Source: arXiv 2507.23268, section 4.
+A head turns one condition vector per patch into the pixels of that patch. The neural field does so with a
+small network per patch: a shared layer reads each pixel's noisy value and coordinates, another gives its output, and
+the weights of the layers between them are generated from the condition. Source: arXiv 2507.23268, section 4.
 
 Dimension letters: M patches (of all images of a batch), K pixels of a patch (row-major), C channels, D width of the
 transformer, W width of the field, R = ratio · W its hidden width, F = 64 features of the coordinate encoding.
@@ -32,7 +32,7 @@ def unit_fan_in(weight: Tensor) -> Tensor:
 
 
 class FieldBlock(nn.Module):
-    """h += W₂ᵀ·SiLU(W₁ᵀ·RMSNorm(h)) for each pixel, with W₁ [W, R] and W₂ [R, W] generated for each patch."""
+    """h += W₂ᵀ·SiLU(W₁ᵀ·RMSNorm(h)) for each pixel, with W₁ [W, R] and W₂ [R, W] generated per patch."""
 
     def __init__(self, condition_width: int, width: int, ratio: int, weight_norm: WeightNorm):
         super().__init__()
@@ -55,7 +55,7 @@ class FieldBlock(nn.Module):
 class NeuralFieldHead(nn.Module):
     """Per pixel: concat(noisy values, coordinate encoding) → shared Linear → field blocks → RMSNorm → shared Linear.
 
-    The last linear starts at zero, so an untrained model predicts zero.
+    The last Linear starts at zero, so an untrained model predicts zero.
     """
 
     def __init__(
@@ -90,9 +90,9 @@ class NeuralFieldHead(nn.Module):
     def forward(self, pixels: Tensor, s: Tensor, patch: tuple[int, int], recompute: bool) -> Tensor:
         """Decode patches of `patch` = (height, width) pixels. pixels [M, K, C], s [M, D] → [M, K, C].
 
-        With `recompute`, only pixels and s are kept for the backward pass, which decodes again, one piece of at most
-        1,024 patches after the other: the head is where the backward pass begins, so recomputing it in one go would
-        lower what is kept but not the peak.
+        With `recompute`, only pixels and s are kept for the backward pass, which decodes again in pieces of at most
+        1,024 patches. The backward pass begins at the head, so recomputing it in one piece would not lower the memory
+        peak.
         """
         table = coordinate_table(self.encoding, *patch, self.embed.weight.dtype, pixels.device)  # [K, F]
         if not (recompute and torch.is_grad_enabled()):
@@ -107,9 +107,9 @@ class NeuralFieldHead(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """The baseline the paper compares with: all pixels of a patch from one Linear of its condition, zero at the start.
+    """The paper's baseline: one Linear, zero at the start, maps a patch's condition to all of its pixels.
 
-    It is blind to the noisy pixels: whatever the output needs of them has to pass through the token.
+    It does not see the noisy pixels: whatever the output needs from them has to pass through the token.
     """
 
     def __init__(self, condition_width: int, channels: int, patch_size: int):
@@ -119,5 +119,5 @@ class LinearHead(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, pixels: Tensor, s: Tensor, patch: tuple[int, int], recompute: bool) -> Tensor:
-        """s [M, D] → [M, K, C]; the pixels' values and `recompute` are not used."""
+        """s [M, D] → [M, K, C]; the values of `pixels` and `recompute` are not used."""
         return self.out(s).view_as(pixels)

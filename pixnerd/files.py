@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place and renamed; a sentence for those that cannot be read."""
+"""Files that are complete or absent: written under another name, then renamed; a clear error for unreadable ones."""
 
 import contextlib
 import json
@@ -17,12 +17,12 @@ UNREADABLE = (SafetensorError, OSError, EOFError, pickle.UnpicklingError, Runtim
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to; when the block ends well, that file is synced and renamed to `path`.
+    """Yields a path beside `path` to write to; when the block succeeds, that file is synced and renamed to `path`.
 
     A reader sees the old file or the new one, never half of one, and several processes may write the same file. After
-    an exception nothing is left behind; what a killed process leaves, `remove_partial_files` takes away.
+    an exception nothing is left behind; `remove_partial_files` removes what a killed process leaves.
     """
-    partial = path.with_name(f".{os.getpid()}.partial-{path.name}")  # same ending: numpy would add it otherwise
+    partial = path.with_name(f".{os.getpid()}.partial-{path.name}")  # same suffix, or numpy would append it
     try:
         yield partial
         sync(partial)
@@ -32,7 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Take away what killed processes left in a folder that no other process writes to now."""
+    """Remove what killed processes left in a folder to which no other process is writing."""
     for left in folder.glob(".*.partial-*"):
         left.unlink(missing_ok=True)
 
@@ -44,7 +44,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make sure that a file, or the list of a folder's files, is on the disk and not only in its cache."""
+    """Make sure that a file, or a folder's list of files, is on the disk and not only in its cache."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -54,10 +54,10 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def readable(path: Path, wrong: str = "is damaged or not a checkpoint") -> Iterator[None]:
-    """Turn what reading a missing or damaged file raises into one sentence, an InputError that says what is `wrong`."""
+    """Turn errors from reading a missing or damaged file into an InputError of one sentence, with what is `wrong`."""
     try:
         yield
-    except InputError:  # a ValueError, too, with a sentence of its own
+    except InputError:  # a ValueError too, but already with a sentence
         raise
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
@@ -67,9 +67,9 @@ def readable(path: Path, wrong: str = "is damaged or not a checkpoint") -> Itera
 
 
 def read_json(path: Path, kind: str) -> dict[str, Any]:
-    """The JSON object in a file that should be `kind`. Raises InputError when it is missing or holds anything else."""
+    """The JSON object in a file that should be `kind`. Raises InputError if it is missing or holds anything else."""
     with readable(path, f"cannot be read as {kind}"):
         content = json.loads(path.read_text())
         if not isinstance(content, dict):
-            raise ValueError(f"it holds {type(content).__name__} where an object is needed")
+            raise ValueError(f"it holds {type(content).__name__} instead of an object")
     return content

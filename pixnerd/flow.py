@@ -41,12 +41,12 @@ def logit_normal_time(normal: Tensor, shift: float = 1.0) -> Tensor:
 
 
 class FlowLoss(NamedTuple):
-    """What one evaluation of the loss gives."""
+    """The results of one evaluation of the loss."""
 
     mean: Tensor  # 0-dim, the loss to minimise
-    per_image: Tensor  # [B], detached: who pays how much, for the loss by t
-    clean: Tensor  # [B, C, H, W], x̂: the image that the estimated velocity leads to
-    tokens: Tensor | None = None  # [B, N, D], the output of the block that was asked for
+    per_image: Tensor  # [B], detached, for the loss by t
+    clean: Tensor  # [B, C, H, W], x̂: the image to which the estimated velocity leads
+    tokens: Tensor | None = None  # [B, N, D], the output of the tapped block
 
 
 def mean_square(error: Tensor) -> Tensor:
@@ -64,10 +64,10 @@ def loss(
     measure: Callable[[Tensor], Tensor] = mean_square,
     tap: int | None = None,
 ) -> FlowLoss:
-    """mean((v̂ − v)²) at x_t, weight 1.
+    """mean((v̂ − v)²) at x_t, with weight 1.
 
-    For a model that predicts the image, both velocities have 1 − t clamped at 0.05, so that a right image is a right
-    velocity at every t and the weight of the image's error stays below 400.
+    For a model that predicts the image, 1 − t is clamped at 0.05 in both velocities: a correct image then gives the
+    correct velocity at every t, and the weight of the image error stays at or below 400.
 
     Args:
         model: the velocity network.
@@ -76,8 +76,8 @@ def loss(
         noise: standard normal, like image.
         t: times [B] in [0, 1].
         base_resolution: (h, w) that the transformer sees while the head decodes H × W; by default the same.
-        measure: the size [B] of velocity errors [B, C, H, W]; by default their mean square.
-        tap: a block of the network, 1 … blocks, whose tokens are given as well; by default none.
+        measure: maps velocity errors [B, C, H, W] to a loss per image [B]; by default their mean square.
+        tap: a block of the network, 1 … blocks, whose tokens are returned as well; by default none.
     """
     x_t = interpolate(image, noise, t)
     if model.config.prediction == "v":

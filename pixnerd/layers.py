@@ -15,7 +15,7 @@ NORM_EPS = 1e-6
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if it is that already: what norms and angles are computed in."""
+    """x in float32, or in float64 if it already is: the precision for norms and angles."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -35,9 +35,9 @@ def rotary_table(
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every rotary angle, each [N, E/2], tokens row-major.
 
-    Frequencies ω_k = 10000^(−4k/E), k = 0 … E/4 − 1. Channel pair 2k turns by x·ω_k and pair 2k+1 by y·ω_k, where
-    y (row) and x (column) run from 0 to `ends`, both ends included, however many tokens there are: with the same ends
-    a finer grid interpolates the positions a coarser one was trained with. Kept per grid, precision and device.
+    Frequencies ω_k = 10000^(−4k/E), k = 0 … E/4 − 1. Channel pair 2k rotates by x·ω_k and pair 2k+1 by y·ω_k, where
+    y (row) and x (column) run from 0 to `ends`, both included, regardless of the number of tokens: with the same ends,
+    a finer grid interpolates the positions that a coarser one was trained with. Kept per grid, precision and device.
     """
     with torch.inference_mode(False):  # the table outlives the caller, who may be in inference mode
         y = torch.linspace(0, ends[0], rows, dtype=dtype, device=device)
@@ -50,7 +50,7 @@ def rotary_table(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn adjacent channel pairs: (a, b) → (a cos φ − b sin φ, a sin φ + b cos φ).
+    """Rotate adjacent channel pairs: (a, b) → (a cos φ − b sin φ, a sin φ + b cos φ).
 
     x [B, H, N, E]; cos and sin of the angles [N, E/2], see `rotary_table`.
     """
@@ -60,7 +60,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √E) v, all [B, H, N, E]. A CPU does it in float32: its bf16 backward pass is 13 times slower."""
+    """softmax(q kᵀ / √E) v, all [B, H, N, E]; in float32 on a CPU, whose bf16 backward pass is 13 times slower."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
     with torch.autocast("cpu", enabled=False):
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, text: Tensor | None = None) -> Tensor:
-        """With `rotary` (cosine and sine, [N, E/2] each), queries and keys are turned by their 2-D positions."""
+        """With `rotary` (cosine and sine, [N, E/2] each), queries and keys are rotated by their 2-D positions."""
         q, k, v = rearrange(self.qkv(x), "b n (three h e) -> three b h n e", three=3, h=self.heads)
         q, k = self.q_norm(q), self.k_norm(k)  # [B, H, N, E]
         if rotary is not None:
@@ -92,9 +92,9 @@ class Attention(nn.Module):
 
 
 class JointAttention(Attention):
-    """Image tokens look at image and text tokens: keys and values of both, the image's first; queries of the image.
+    """Image tokens attend to image and text tokens: queries from the image, keys and values from both, image first.
 
-    The text's keys share the image's norm and have no positions to turn by. x [B, N, D], text [B, L, D] → [B, N, D].
+    Text keys share the image's norm and are not rotated. x [B, N, D], text [B, L, D] → [B, N, D].
     """
 
     def __init__(self, width: int, heads: int):
@@ -139,7 +139,7 @@ class DiTBlock(nn.Module):
     def forward(
         self, x: Tensor, c: Tensor, rotary: tuple[Tensor, Tensor] | None = None, text: Tensor | None = None
     ) -> Tensor:
-        """x [B, N, D], c [B, D]; positions and text [B, L, D] are for the attention → [B, N, D]."""
+        """x [B, N, D] and c [B, D] → [B, N, D]; rotary positions and text [B, L, D] go to the attention."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)  # [B, 1, D] each
         x = torch.addcmul(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1), rotary, text))
         return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))

@@ -1,4 +1,4 @@
-"""PixNerd: a diffusion transformer over large pixel patches with a neural field per patch instead of a last linear.
+"""PixNerd: a diffusion transformer on large pixel patches with a neural field per patch instead of a last Linear.
 
 Source: arXiv 2507.23268. Dimension letters: B images, C channels, N patches, P patch size, D width, K = P² pixels.
 """
@@ -19,7 +19,7 @@ from .layers import Attention, DiTBlock, TimeEmbedding, rotary_table
 from .model_config import SIZES as SIZES
 from .model_config import ModelConfig, Recompute, check_resolution
 
-MIN_REMAINING_TIME = 0.05  # 1 − t is not taken smaller than this where it divides
+MIN_REMAINING_TIME = 0.05  # lower bound of 1 − t as a divisor
 
 
 def velocity_from_image(image: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -31,14 +31,14 @@ def velocity_from_image(image: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
 
 
 class PatchDenoiser(nn.Module):
-    """What the class-conditional and the text-to-image network share: patches in, blocks, a head for every patch.
+    """What the class-conditional and the text-to-image network share: patch embedding, blocks, a head for each patch.
 
-    `recompute` is what training computes again in the backward pass instead of keeping every activation: "none", the
-    pixels of the "head", or "all", the head and every block. It changes memory and time, never the numbers.
+    `recompute` is what the backward pass computes again instead of keeping all activations: "none", the pixels of the
+    "head", or "all", the head and every block. It changes memory and time, never the numbers.
     """
 
     num_classes: int | None = None
-    """of a class-conditional network; one that is told captions has none"""
+    """number of classes; None for a text-conditional network"""
 
     def __init__(self, config: ModelConfig, blocks: Iterable[DiTBlock], recompute: Recompute):
         super().__init__()
@@ -64,7 +64,7 @@ class PatchDenoiser(nn.Module):
         nn.init.zeros_(self.patch_embed.bias)
 
     def rotary_ends(self, rows: int, columns: int) -> tuple[float, float]:
-        """Where the rotary positions of a grid's rows and columns end; always 16 for the class-conditional model."""
+        """The last rotary positions of a grid's rows and columns; always 16 for the class-conditional model."""
         return 16, 16
 
     def denoise(
@@ -79,9 +79,9 @@ class PatchDenoiser(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The velocity [B, C, H, W] at x for times t [B], their embedding [B, D], condition c [B, D], text [B, L, D].
 
-        With a base resolution (h, w), the transformer sees the image resized to it (nearest pixel), and every patch of
+        With a base resolution (h, w), the transformer sees the image resized to it (nearest pixel), and each patch of
         the head covers P·H/h × P·W/w pixels of the full image, at coordinates resampled over the same range. With
-        `tap`, the tokens [B, N, D] that leave this block, counted from 1, come with the velocity.
+        `tap`, the output tokens [B, N, D] of this block, counted from 1, are returned with the velocity.
         """
         P = self.config.patch_size
         height, width = base_resolution or x.shape[2:]
@@ -91,12 +91,12 @@ class PatchDenoiser(nn.Module):
         precision = torch.promote_types(x.dtype, torch.float32)
         rotary = rotary_table(rows, columns, self.rotary_ends(rows, columns), head_dim, precision, x.device)
         tokens = self.patch_embed(rearrange(seen, "b c (h p) (w q) -> b (h w) (c p q)", p=P, q=P))  # [B, N, D]
-        for place, block in enumerate(self.blocks, start=1):
+        for number, block in enumerate(self.blocks, start=1):
             if self.training and self.recompute == "all" and torch.is_grad_enabled():
                 tokens = checkpoint(block, tokens, c, rotary, text, use_reentrant=False, preserve_rng_state=False)
             else:
                 tokens = block(tokens, c, rotary, text)
-            if place == tap:
+            if number == tap:
                 tapped = tokens
         s = F.silu(time[:, None] + tokens).flatten(0, 1)  # [B·N, D]
         pixels = rearrange(x, "b c (h p) (w q) -> (b h w) (p q) c", h=rows, w=columns)  # [B·N, K, C]
@@ -107,7 +107,7 @@ class PatchDenoiser(nn.Module):
         return v if tap is None else (v, tapped)
 
     def check(self, x: Tensor, t: Tensor, condition: Tensor, base_resolution: tuple[int, int] | None) -> None:
-        """Raise InputError unless image, times, condition and base resolution fit this model and one another."""
+        """Raise InputError unless images, times, condition and base resolution fit the model and each other."""
         check_resolution(self.config, tuple(x.shape[2:]), base_resolution)
         if x.shape[1] != self.config.channels:
             raise InputError(f"images have {x.shape[1]} channels; this model was built for {self.config.channels}")
@@ -118,7 +118,7 @@ class PatchDenoiser(nn.Module):
             )
 
     def about(self) -> dict[str, Any]:
-        """What `text.build_network` makes an equal network from, as JSON."""
+        """What `text.build_network` needs to rebuild this network, ready for JSON."""
         return {"config": dataclasses.asdict(self.config)}
 
     def as_condition(self, condition: Any) -> Tensor:
@@ -126,11 +126,11 @@ class PatchDenoiser(nn.Module):
         raise NotImplementedError
 
     def unconditional(self, condition: Tensor) -> Tensor | None:
-        """What stands for "no condition" beside the one of B images, [B, …]; None where the network cannot tell."""
+        """The counterpart of a condition [B, …] that means "no condition"; None if the network does not know it."""
         return None
 
     def example_condition(self, images: int = 1, device: torch.device | None = None) -> Tensor:
-        """Some condition for B images [B, …], by default on the network's device: where only the shape matters."""
+        """A placeholder condition for B images [B, …], by default on the network's device: only its shape matters."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -158,7 +158,7 @@ class PixNerd(PatchDenoiser):
         base_resolution: tuple[int, int] | None = None,
         tap: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The velocity at x_t, whatever `config.prediction` is.
+        """The velocity at x_t, for either `config.prediction`.
 
         Args:
             x: noisy images [B, C, H, W], H and W multiples of the patch size.
@@ -171,12 +171,12 @@ class PixNerd(PatchDenoiser):
             velocity [B, C, H, W], an estimate of image − noise; with `tap`, (velocity, tokens [B, N, D]).
 
         Raises:
-            InputError: sizes that do not fit, wrong channels, a label out of range.
+            InputError: unsuitable sizes, wrong channels, or a label out of range.
         """
         self.check(x, t, labels, base_resolution)
         if labels.ndim != 1:
             raise InputError(f"labels have shape {tuple(labels.shape)}; one class for each image is needed, [B]")
-        if labels.device.type == "cpu":  # on an accelerator the look would stall it; sample and train look beforehand
+        if labels.device.type == "cpu":  # a check would stall an accelerator; sample and train check beforehand
             check_labels(labels, self.num_classes)
         time = self.time_embed(t)  # [B, D]
         c = F.silu(time + self.label_embed(labels))  # [B, D]

@@ -1,4 +1,4 @@
-"""What shapes a network: the configurations of the class- and the text-conditional one, and the named sizes.
+"""The architecture settings of the class- and the text-conditional network, and the named sizes.
 
 Source: arXiv 2507.23268 and the released code.
 """
@@ -12,12 +12,12 @@ from .errors import InputError
 
 WeightNorm = Literal["none", "fc1", "fc1+fc2"]
 Prediction = Literal["v", "x"]
-Recompute = Literal["none", "head", "all"]  # what the backward pass computes again, see model.PatchDenoiser
+Recompute = Literal["none", "head", "all"]  # what the backward pass recomputes, see model.PatchDenoiser
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that shapes the network; every switch that the paper ablates is a plain field.
+    """The network's architecture; every choice that the paper ablates is a plain field.
 
     Raises InputError when a value is outside its range.
     """
@@ -29,15 +29,15 @@ class ModelConfig:
     blocks: Count = 22
     """transformer blocks"""
     patch_size: Count = 16
-    """P, pixels along a patch's side"""
+    """P, pixels along a side of a patch"""
     channels: Count = 3
     """channels of the images"""
     image_size: Count = 256
-    """pixels along a side of the training images; the network takes any size that the patch divides"""
+    """pixels along a side of the training images; the network takes any multiple of the patch size"""
     head: Literal["field", "linear"] = "field"
     """what decodes a patch: its own neural field, or one linear layer (the baseline)"""
     field_width: Count = 64
-    """channels of a pixel inside the field"""
+    """channels per pixel inside the field"""
     field_blocks: Count = 2
     """field blocks, each with generated weights"""
     field_ratio: Count = 2
@@ -47,9 +47,9 @@ class ModelConfig:
     weight_norm: WeightNorm = "fc1+fc2"
     """which generated matrices are scaled to unit fan-in norm"""
     output_norm: bool = True
-    """RMSNorm before the field's last linear"""
+    """RMSNorm before the field's last Linear"""
     prediction: Prediction = "v"
-    """what the network's last layer means: the velocity x − ε, or the clean image x"""
+    """what the network's last layer predicts: the velocity x − ε, or the clean image x"""
 
     def __post_init__(self):
         check_fields(self, "model.")
@@ -73,15 +73,15 @@ class TextModelConfig(ModelConfig):
     weight_norm: WeightNorm = "fc1"
     output_norm: bool = False
     text_blocks: Count = 4
-    """blocks that refine the text before the image's blocks look at it"""
+    """blocks that refine the text before the image blocks attend to it"""
     text_features: Count = 2048
-    """F, features of a token from the text encoder (Qwen3-1.7B: 2048)"""
+    """F, features per token from the text encoder (Qwen3-1.7B: 2048)"""
     text_length: Count = 128
-    """L, tokens of a caption, padding included"""
+    """L, tokens per caption, padding included"""
 
 
 def model_config(entries: dict[str, Any]) -> ModelConfig:
-    """Back from JSON. Raises InputError for entries that are no network's."""
+    """The configuration from its JSON entries. Raises InputError if they do not describe a network."""
     kind = TextModelConfig if "text_length" in entries else ModelConfig
     try:
         return kind(**entries)
@@ -90,7 +90,7 @@ def model_config(entries: dict[str, Any]) -> ModelConfig:
 
 
 def check_image_size(config: ModelConfig, height: int, width: int) -> None:
-    """Raise InputError unless the patch divides both sides."""
+    """Raise InputError unless both sides are multiples of the patch size."""
     P = config.patch_size
     if height < P or width < P or height % P or width % P:
         raise InputError(
@@ -111,11 +111,11 @@ def check_resolution(config: ModelConfig, size: tuple[int, int], base_resolution
                 f"it has to be a multiple of {tokens}"
             )
     if config.head == "linear" and tuple(size) != tuple(base_resolution):
-        raise InputError(f"a linear head draws at its base resolution alone; {size} is not {base_resolution}")
+        raise InputError(f"a linear head decodes only at its base resolution; {size} is not {base_resolution}")
 
 
 class Sizes(dict[str, ModelConfig]):
-    """Named model sizes; an unknown name is an InputError that lists the known ones."""
+    """Named model sizes; an unknown name raises an InputError that lists the known ones."""
 
     def __missing__(self, name: str) -> ModelConfig:
         raise InputError(f"model size {name!r} is unknown; known sizes: {', '.join(self)}")
@@ -149,7 +149,7 @@ SIZES = Sizes(
         "nano/8": ModelConfig(64, heads=2, blocks=2, patch_size=8, image_size=32, field_width=16, field_blocks=1),
         "micro/8": ModelConfig(128, heads=4, blocks=4, patch_size=8, image_size=32, field_width=16, field_blocks=1),
         "small/8": ModelConfig(384, heads=6, blocks=8, patch_size=8, image_size=32, field_width=32),
-        # published (arXiv 2507.23268): 452 M and 701 M parameters, and the baseline the paper sets beside L/16
+        # published (arXiv 2507.23268): 452 M and 701 M parameters, and the paper's baseline for L/16
         "L/16": ModelConfig(width=1024, heads=16, blocks=22, field_blocks=2),
         "XL/16": ModelConfig(width=1152, heads=16, blocks=26, field_blocks=4),
         "L/16-linear": ModelConfig(width=1024, heads=16, blocks=24, head="linear"),

@@ -1,4 +1,4 @@
-"""Every figure of the workbook, as functions that return a matplotlib Figure.
+"""All figures of the workbook, as functions that return a matplotlib Figure.
 
 Images are [B, C, H, W] in [−1, 1]; one channel is drawn grey.
 """
@@ -19,18 +19,18 @@ from torchvision.utils import make_grid
 from .data import to_uint8
 
 GAP = 2  # pixels between images
-FEW = 12  # values on a logarithmic axis that each get a number
+FEW = 12  # up to this many values on a logarithmic axis are all labelled
 
 
 def _few_levels(images: Tensor) -> Tensor:
-    """uint8 with 32 levels: they look the same and make a figure's file a third as large."""
+    """uint8 with 32 levels, which look the same and make the figure's file a third as large."""
     return (to_uint8(images.cpu()).float() / 255 * 31).round().mul(255 / 31).to(torch.uint8)
 
 
 def image_table(
     images: Tensor, columns: int, row_titles: Sequence[str] = (), column_titles: Sequence[str] = (), side: float = 0.5
 ) -> Figure:
-    """A table of images, row by row, `side` inches each; every pixel is drawn as a square."""
+    """A table of images, row by row, each `side` inches wide; every pixel is drawn as a square."""
     height, width = images.shape[2:]
     rows = -(-len(images) // columns)
     grid = make_grid(_few_levels(images), nrow=columns, padding=GAP, pad_value=255)  # [3, rows·…, columns·…]
@@ -42,12 +42,12 @@ def image_table(
     centres = GAP + (np.arange(max(rows, columns)) + 0.5)[:, None] * (np.array([height, width]) + GAP) - GAP / 2 - 0.5
     axis.set_yticks(centres[: len(row_titles), 0], row_titles)
     axis.set_xticks(centres[: len(column_titles), 1], column_titles)
-    plt.close(figure)  # whoever asked for it displays it, once
+    plt.close(figure)  # so that only the caller displays it, once
     return figure
 
 
 def captioned_images(images: Tensor, captions: Sequence[str], columns: int, side: float = 0.64) -> Figure:
-    """A table of images [B, C, H, W], `side` inches each, with a caption of up to three short lines below each."""
+    """A table of images [B, C, H, W], each `side` inches wide, with a caption of up to three short lines below it."""
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(columns * side, rows * (side + 0.38)), squeeze=False)
     for axis in axes.flat:
@@ -80,7 +80,7 @@ def matrix(values: Tensor, names: Sequence[str]) -> Figure:
 
 
 def bars(values: Tensor, names: Sequence[str], title: str) -> Figure:
-    """Horizontal bars of values [N] between 0 and 1, the first on top, each with its number."""
+    """Horizontal bars of values [N] between 0 and 1, the first at the top, each with its number."""
     figure, axis = plt.subplots(figsize=(5, 0.3 * len(names) + 0.6), layout="constrained")
     drawn = axis.barh(list(names), values.numpy())
     axis.bar_label(drawn, fmt="%.2f", padding=3, fontsize=9)
@@ -92,17 +92,17 @@ def bars(values: Tensor, names: Sequence[str], title: str) -> Figure:
 
 
 def compared_bars(groups: dict[str, dict[str, float]], names: Sequence[str], top: float) -> Figure:
-    """Horizontal bars between 0 and `top`, the groups beside each other for every name: {group: {name: value}}.
+    """Horizontal bars between 0 and `top`, grouped by name: {group: {name: value}}.
 
-    A value that a group does not have leaves a gap.
+    A missing value leaves a gap.
     """
     height = 0.8 / len(groups)
     figure, axis = plt.subplots(figsize=(6, 0.24 * len(groups) * len(names) + 0.8), layout="constrained")
-    for place, (group, values) in enumerate(groups.items()):
+    for index, (group, values) in enumerate(groups.items()):
         rows = [row for row, name in enumerate(names) if name in values]
-        offset = (place - (len(groups) - 1) / 2) * height
+        offset = (index - (len(groups) - 1) / 2) * height
         drawn = axis.barh(
-            [row + offset for row in rows], [values[names[row]] for row in rows], height, label=group, color=f"C{place}"
+            [row + offset for row in rows], [values[names[row]] for row in rows], height, label=group, color=f"C{index}"
         )
         axis.bar_label(drawn, fmt="%.2f" if top <= 1 else "%.1f", padding=3, fontsize=8)
     axis.set_yticks(range(len(names)), names)
@@ -115,7 +115,7 @@ def compared_bars(groups: dict[str, dict[str, float]], names: Sequence[str], top
 
 
 def cost_curve(lines: dict[str, list[tuple[int, float]]], name: str, published: dict[str, float]) -> Figure:
-    """A figure of merit over passes through the network for an image, both logarithmic: {label: [(passes, value)]}.
+    """A figure of merit over network passes per image, both logarithmic: {label: [(passes, value)]}.
 
     Published values are dashed lines.
     """
@@ -125,7 +125,7 @@ def cost_curve(lines: dict[str, list[tuple[int, float]]], name: str, published: 
     for label, value in published.items():
         axis.axhline(value, color="0.5", linestyle="--", linewidth=0.8)
         axis.annotate(f"{label}: {value}", (0.01, value), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
-    axis.set(xlabel="passes through the network for an image", ylabel=name, xscale="log", yscale="log")
+    axis.set(xlabel="network passes per image", ylabel=name, xscale="log", yscale="log")
     passes = sorted({count for points in lines.values() for count, _ in points})
     axis.set_xticks(passes, [str(count) for count in passes])
     axis.minorticks_off()
@@ -138,11 +138,11 @@ def cost_curve(lines: dict[str, list[tuple[int, float]]], name: str, published: 
 
 
 def loss_curve(log: Sequence[dict[str, Any]]) -> Figure:
-    """The loss over the steps of a log.jsonl, and, on the right, by tenth of t over its last quarter."""
+    """The loss over the steps of a log.jsonl and, on the right, its last quarter by tenths of t."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
     losses = [entry["loss"] for entry in log]
     left.plot([entry["step"] for entry in log], losses)
-    top = 3 * float(np.median(losses))  # the first steps' fall would flatten all that follows
+    top = 3 * float(np.median(losses))  # the drop in the first steps would flatten the rest
     left.set(xlabel="step", ylabel="mean (v̂ − v)²", ylim=(0, top), title="loss")
     last = log[-max(1, len(log) // 4) :]
     by_t = np.array([entry["loss_by_t"] for entry in last], dtype=float)  # None → nan
@@ -154,7 +154,7 @@ def loss_curve(log: Sequence[dict[str, Any]]) -> Figure:
 
 
 def speed_curve(log: Sequence[dict[str, Any]]) -> Figure:
-    """Images a second over the steps of a log.jsonl, and, on the right, the share of what the devices could do."""
+    """Images per second over the steps of a log.jsonl and, on the right, the devices' utilisation."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 2.2), layout="constrained")
     steps = [entry["step"] for entry in log]
     for axis, name, title in zip(
@@ -167,17 +167,17 @@ def speed_curve(log: Sequence[dict[str, Any]]) -> Figure:
 
 
 def tracks(panels: dict[str, Tensor], targets: Tensor, under: Tensor | None = None) -> Figure:
-    """Ways of points in the plane, a panel each [T, n, 2]: from small dots, coloured by the target nearest their end.
+    """Paths of points in the plane, one panel each [T, n, 2]: from a dot, coloured by the target nearest the end.
 
-    Targets [m, 2] are crosses; `under` [T, n, 2], when given, is drawn below every panel in wide grey.
+    Targets [m, 2] are crosses; `under` [T, n, 2], if given, is drawn below the paths of every panel in wide grey.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 3), layout="constrained", squeeze=False)
-    for axis, (title, ways) in zip(axes[0], panels.items(), strict=True):
+    for axis, (title, paths) in zip(axes[0], panels.items(), strict=True):
         if under is not None:
             axis.plot(*under.unbind(-1), color="0.8", linewidth=4)
-        for way, nearest in zip(ways.unbind(1), torch.cdist(ways[-1], targets).argmin(1).tolist(), strict=True):
-            axis.plot(*way.unbind(-1), color=f"C{nearest}", linewidth=0.8)
-        axis.scatter(*ways[0].unbind(-1), s=5, color="0.3", zorder=2)
+        for path, nearest in zip(paths.unbind(1), torch.cdist(paths[-1], targets).argmin(1).tolist(), strict=True):
+            axis.plot(*path.unbind(-1), color=f"C{nearest}", linewidth=0.8)
+        axis.scatter(*paths[0].unbind(-1), s=5, color="0.3", zorder=2)
         axis.scatter(*targets.unbind(-1), marker="x", s=40, color="k", zorder=3)
         axis.set(title=title, aspect="equal", xticks=[], yticks=[])
     plt.close(figure)
@@ -185,7 +185,7 @@ def tracks(panels: dict[str, Tensor], targets: Tensor, under: Tensor | None = No
 
 
 def clouds(panels: dict[str, Tensor], truth: Tensor, limit: float) -> Figure:
-    """Points in the plane, a panel each [n, 2], above grey ones of the truth [m, 2], within ±limit."""
+    """Points in the plane, one panel each [n, 2], over the true ones [m, 2] in grey, within ±limit."""
     figure, axes = plt.subplots(1, len(panels), figsize=(2.2 * len(panels), 2.5), layout="constrained", squeeze=False)
     for axis, (title, points) in zip(axes[0], panels.items(), strict=True):
         axis.scatter(*truth.unbind(-1), s=6, color="0.8")
@@ -196,7 +196,7 @@ def clouds(panels: dict[str, Tensor], truth: Tensor, limit: float) -> Figure:
 
 
 def curves(x: Tensor, panels: dict[str, dict[str, Tensor]], x_label: str, log: str = "") -> Figure:
-    """Lines over the same x [n], a panel each: {title: {name: y [n]}}; axes named in `log` ("x", "y") are logarithmic.
+    """Panels of lines over the same x [n]: {title: {name: y [n]}}; axes named in `log` ("x", "y") are logarithmic.
 
     A line keeps its colour in every panel; one whose name starts with "floor" is dashed and black.
     """
@@ -227,43 +227,43 @@ def maps(
     under: Tensor | None = None,
     side: float = 1.1,
 ) -> Figure:
-    """Tables of numbers [h, w], panel by panel, as colours of one scale; a red square marks a cell (row, column).
+    """Tables of numbers [h, w], one panel each, on a common colour scale; a red square marks a cell (row, column).
 
-    With an image [C, S, S] in [−1, 1] under them, each number tints its part of the image: 0 is clear.
+    With an image `under` [C, S, S] in [−1, 1], each number tints its part of the image: 0 is clear.
     """
     rows = -(-len(values) // columns)
     size = (columns * side + 1.1, rows * side + 0.3 * (rows if len(titles) > columns else 1))
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     low, high = (0.0 if under is not None else min(float(v.min()) for v in values)), max(float(v.max()) for v in values)
     clear = LinearSegmentedColormap.from_list("clear", [(1, 0.45, 0, 0), (1, 0.45, 0, 0.9)])
-    for place, axis in enumerate(axes.flat):
-        axis.axis("on" if place < len(values) else "off")
+    for index, axis in enumerate(axes.flat):
+        axis.axis("on" if index < len(values) else "off")
         axis.set(xticks=[], yticks=[])
-    for place, (axis, table) in enumerate(zip(axes.flat, values, strict=False)):
+    for index, (axis, table) in enumerate(zip(axes.flat, values, strict=False)):
         height, width = table.shape
         extent = (-0.5, width - 0.5, height - 0.5, -0.5)
         if under is not None:
-            pixels = _few_levels(under).permute(1, 2, 0).squeeze(-1).numpy() / 255 * 0.6 + 0.2  # a tint shows on all
+            pixels = _few_levels(under).permute(1, 2, 0).squeeze(-1).numpy() / 255 * 0.6 + 0.2  # tints show on any grey
             axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, extent=extent, interpolation="nearest")
         drawn = axis.imshow(
             table.cpu().numpy(), vmin=low, vmax=high, extent=extent, cmap="viridis" if under is None else clear
         )
-        if place < len(marks):
-            row, column = marks[place]
+        if index < len(marks):
+            row, column = marks[index]
             axis.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=1.5))
-        if place < len(titles):
-            axis.set_title(titles[place], fontsize=9)
-        if place % columns == 0 and place // columns < len(row_titles):
-            axis.set_ylabel(row_titles[place // columns], fontsize=9)
+        if index < len(titles):
+            axis.set_title(titles[index], fontsize=9)
+        if index % columns == 0 and index // columns < len(row_titles):
+            axis.set_ylabel(row_titles[index // columns], fontsize=9)
     figure.colorbar(drawn, ax=axes, shrink=min(1, 2 / rows), pad=0.02).ax.tick_params(labelsize=8)
     plt.close(figure)
     return figure
 
 
 def arrows(panels: dict[str, Tensor], places: Tensor, targets: Tensor) -> Figure:
-    """Velocities at the same places [n, 2] of the plane, a panel each [n, 2]; targets [m, 2] are crosses.
+    """Velocities at the same points `places` [n, 2] of the plane, one panel each [n, 2]; targets [m, 2] are crosses.
 
-    The lengths of arrows compare within a panel only, where a typical one spans the gap between two places of a grid.
+    Arrow lengths are comparable only within a panel, where a typical arrow spans the gap between two grid points.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(2.2 * len(panels), 2.4), layout="constrained", squeeze=False)
     gap = 2 * float(places.abs().max()) / max(1, len(places) ** 0.5 - 1)
@@ -278,7 +278,7 @@ def arrows(panels: dict[str, Tensor], places: Tensor, targets: Tensor) -> Figure
 
 
 def balls(panels: dict[str, tuple[Tensor, Tensor, Tensor]], limit: float) -> Figure:
-    """Balls in the plane, and points: blue those that lie in one of the balls, red the others. Within ±limit.
+    """Balls and points in the plane, within ±limit: points inside a ball are blue, the others red.
 
     Panels: title → centres [m, 2] and radii [m] of the balls, points [n, 2].
     """
@@ -296,7 +296,7 @@ def balls(panels: dict[str, tuple[Tensor, Tensor, Tensor]], limit: float) -> Fig
 
 
 def through_samples(x: Tensor, panels: dict[str, Tensor], places: Tensor, samples: Tensor) -> Figure:
-    """A curve over x [n] in each panel, one below the other: {title: y [n]}. Samples [m] at their places are dots."""
+    """A curve over x [n] per panel, one below the other: {title: y [n]}. Dots are `samples` [m] at x = `places` [m]."""
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(5.4, 0.92 * len(panels) + 0.3), sharex=True, layout="constrained", squeeze=False
     )

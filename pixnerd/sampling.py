@@ -1,4 +1,4 @@
-"""Sampling: noise, a guided velocity, a solver, and an image at the end.
+"""Sampling: from noise, by a guided velocity and a solver, to an image.
 
 t = 0 is noise and t = 1 is data. Dimension letters: B images, C channels, H × W pixels.
 """
@@ -23,24 +23,24 @@ from .solvers import SOLVERS, time_grid
 
 @dataclass(frozen=True)
 class State:
-    """Where a trajectory stands after a step."""
+    """The state of a trajectory after a step."""
 
     step: int
-    """steps done, 1 … n"""
+    """steps completed, 1 … n"""
     t: float
     """time reached; 1 after the last step"""
     x: Tensor
     """the images so far, x_t [B, C, H, W]"""
     image: Tensor
-    """the clean images that the step's last velocity was heading for, x + (1 − t)·v, [B, C, H, W]"""
+    """the estimate x̂ of the clean images by the step's last velocity, x + (1 − t)·v, [B, C, H, W]"""
 
 
 def sample_noise(shape: tuple[int, int, int], indices: Sequence[int], seed: int = 0, step: int = 0) -> Tensor:
-    """Noise [len(indices), C, H, W]: image i gets that of (seed, i, step) whatever else is in the batch.
+    """Noise [len(indices), C, H, W]: image i gets that of (seed, i, step), regardless of the rest of the batch.
 
-    Step 0 is where sampling starts; the stochastic solver asks for more at its steps 1, 2, ….
+    Step 0 is the start of sampling; the stochastic solver requests more noise for its steps 1, 2, ….
     """
-    cpu = torch.device("cpu")  # made there on every machine, so a seed means the same image with or without a GPU
+    cpu = torch.device("cpu")  # on every machine, so that a seed gives the same image with or without a GPU
     keyed = (generator(cpu, seed, Purpose.SAMPLE_NOISE, index, step) for index in indices)
     return torch.stack([torch.randn(shape, generator=g) for g in keyed])
 
@@ -58,9 +58,9 @@ def trajectory(
     indices: Sequence[int] | None = None,
     **options: Any,
 ) -> Iterator[State]:
-    """Sample step by step; one State for each step.
+    """Sample step by step; yields one State per step.
 
-    Guidance is v_u + w·(v_c − v_u) (Ho & Salimans 2207.12598) while the step's start lies strictly inside `interval`
+    Guidance is v_u + w·(v_c − v_u) (Ho & Salimans 2207.12598) for steps that start strictly inside `interval`
     (Kynkäänniemi et al. 2404.07724); outside it the unconditional half is not computed.
 
     Args:
@@ -68,11 +68,11 @@ def trajectory(
         labels: [B] classes, 0 … num_classes (num_classes is "no label"); for a text model, text features [B, L, F].
         config: how to sample; by default as published.
         unconditional: for a text model with guidance, the features [L, F] of the empty caption.
-        noise: the start [B, C, H, W]; by default `sample_noise` of the indices.
-        size: (H, W) of that default; by default the size the model was trained at.
-        base_resolution: (h, w) that the transformer sees, while the head decodes H × W; by default the same.
-        seed: of all noise.
-        indices: the numbers of these images, which with the seed decide their noise; by default 0 … B−1.
+        noise: the start [B, C, H, W]; by default `sample_noise` for the indices.
+        size: (H, W) of that default noise; by default the size the model was trained at.
+        base_resolution: (h, w) that the transformer sees while the head decodes H × W; by default the same.
+        seed: seed of all noise.
+        indices: indices of these images, which together with the seed decide their noise; by default 0 … B−1.
         options: fields of SamplingConfig that replace those of `config`: steps, solver, guidance, interval, shift.
 
     Raises:
@@ -90,7 +90,7 @@ def trajectory(
         noise = sample_noise((model.config.channels, height, width), indices, seed)
     if not len(noise) == len(condition) == len(indices):
         counts = f"{len(noise)} images of noise, {len(condition)} conditions, {len(indices)} indices"
-        raise InputError(f"there are {counts}; they have to be as many")
+        raise InputError(f"there are {counts}; the numbers have to match")
 
     weight = model.patch_embed.weight
     start = noise.to(weight.device, weight.dtype)
@@ -113,7 +113,7 @@ def trajectory(
 
 
 def _unconditional(model: PatchDenoiser, condition: Tensor, given: Tensor | None, config: SamplingConfig) -> Tensor:
-    """The unconditional counterpart of a condition [B, …], of the same shape; the condition itself without guidance."""
+    """The unconditional counterpart of a condition [B, …], in the same shape; without guidance the condition itself."""
     if given is not None:
         return model.as_condition(given[None]).to(condition).expand_as(condition)
     found = condition if config.guidance == 1 else model.unconditional(condition)
@@ -131,7 +131,7 @@ def _follow(
     start: Tensor,
     config: SamplingConfig,
 ) -> Iterator[State]:
-    image = start  # the clean image last estimated
+    image = start  # the latest estimate of the clean image
     numbers = count(1)
 
     def velocity(x: Tensor, t: float, step_start: float) -> Tensor:
@@ -147,7 +147,7 @@ def _follow(
 
 
 def network_passes(config: SamplingConfig) -> int:
-    """How many images the network sees for each sample; a guided evaluation is two, with and without the condition."""
+    """Network passes per sample; a guided evaluation counts as two, with and without the condition."""
     passes = 0
 
     def predict(x: Tensor, t: float, guided: bool) -> Tensor:
@@ -178,7 +178,7 @@ def sample_batches(
     seed: int = 0,
     batch_size: int = 64,
 ) -> Iterator[Tensor]:
-    """Many images, batch by batch [≤ batch_size, C, H, W]; image i starts at noise (seed, i).
+    """Many samples, batch by batch [≤ batch_size, C, H, W]; image i starts from noise (seed, i).
 
     Args: see `trajectory`. Raises InputError before the first batch.
     """

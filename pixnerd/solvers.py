@@ -1,8 +1,8 @@
 """Solvers: how to follow a velocity field from noise (t = 0) to an image (t = 1) in few steps.
 
-A solver is a generator: given velocity(x, t, start), a start x and the times t_0 < t_1 < … < t_n, it yields x at
-t_1 … t_n. `start` is where the step began, which decides about guidance; it differs from t only in Heun's second look.
-No solver asks for the velocity at t_n. Source: arXiv 2507.23268, section 5, and the released code.
+A solver is a generator: given velocity(x, t, start), an initial x and the times t_0 < t_1 < … < t_n, it yields x at
+t_1 … t_n. `start` is the time at which the step began and decides on guidance; it differs from t only in Heun's second
+evaluation. No solver evaluates the velocity at t_n. Source: arXiv 2507.23268, section 5, and the released code.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import numpy as np
 
 from .errors import InputError
 
-if TYPE_CHECKING:  # nothing here needs torch to run: the names of the solvers are to be had without it
+if TYPE_CHECKING:  # nothing here needs torch to run, so the solvers' names are available without it
     from torch import Tensor
 
     Velocity = Callable[[Tensor, float, float], Tensor]  # (x [B, ...], t, start of the step) → velocity [B, ...]
-    Noise = Callable[[], Tensor]  # fresh standard normal noise like x; only the stochastic solver asks for it
+    Noise = Callable[[], Tensor]  # fresh standard normal noise like x; only the stochastic solver uses it
     Solver = Callable[[Velocity, Tensor, list[float], Noise], Iterator[Tensor]]
 
 
 def time_grid(steps: int, shift: float = 1.0) -> list[float]:
-    """t_i = i/n for i = 0 … n, shifted as a whole: steps + 1 times from 0 to 1.
+    """t_i = i/n for i = 0 … n, then shifted: steps + 1 times from 0 to 1.
 
-    A shift above 1 spends more of the steps near the noise.
+    A shift above 1 spends more steps near the noise.
     """
     if steps < 1:
         raise InputError(f"steps is {steps}; sampling needs at least 1")
@@ -39,16 +39,16 @@ def time_grid(steps: int, shift: float = 1.0) -> list[float]:
 
 
 def euler(velocity: Velocity, x: Tensor, times: list[float], noise: Noise) -> Iterator[Tensor]:
-    """x ← x + (t_{i+1} − t_i)·v(x, t_i): one evaluation a step, order 1."""
+    """x ← x + (t_{i+1} − t_i)·v(x, t_i): one evaluation per step, order 1."""
     for t, t_next in pairwise(times):
         x = x + (t_next - t) * velocity(x, t, t)
         yield x
 
 
 def heun(velocity: Velocity, x: Tensor, times: list[float], noise: Noise) -> Iterator[Tensor]:
-    """The mean of the velocities here and at Euler's guess of the next point: two evaluations a step, order 2.
+    """The mean of the velocities here and at Euler's prediction of the next point: two evaluations per step, order 2.
 
-    The last step is Euler's, because its second look would be at t = 1.
+    The last step is Euler's, because its second evaluation would be at t = 1.
     """
     for t, t_next in pairwise(times):
         v = velocity(x, t, t)
@@ -59,10 +59,10 @@ def heun(velocity: Velocity, x: Tensor, times: list[float], noise: Noise) -> Ite
 
 
 def heun_reuse(velocity: Velocity, x: Tensor, times: list[float], noise: Noise) -> Iterator[Tensor]:
-    """Heun with one evaluation a step, still order 2: what was seen at the guess is the next step's first look.
+    """Heun with one evaluation per step, still order 2: the velocity at the prediction starts the next step.
 
-    On an even grid its guesses are Adams–Bashforth 2's points, and since the last step is Euler's from there, both end
-    at the same image; on a shifted grid they differ.
+    On an even grid its predictions are Adams–Bashforth 2's points, and since the last step is Euler's, both end at the
+    same image; on a shifted grid they differ.
     """
     v = velocity(x, times[0], times[0])
     for t, t_next in pairwise(times):
@@ -76,20 +76,20 @@ def heun_reuse(velocity: Velocity, x: Tensor, times: list[float], noise: Noise) 
 
 
 def adams_weights(times: list[float], t_next: float) -> list[float]:
-    """Weights of past velocities at `times` (the last one now) for the mean velocity over [times[-1], t_next].
+    """Weights of the velocities at past `times` (the last one is now) for the mean velocity over [times[-1], t_next].
 
-    The integral of the Lagrange polynomial through them, over the step's length: exact for every polynomial of lower
-    degree than there are times, which is the linear system solved here, on a step scaled to [0, 1].
+    The integral of the Lagrange polynomial through them, divided by the step's length: exact for polynomials of degree
+    below len(times). These conditions are the linear system solved here, on a step scaled to [0, 1].
     """
-    places = (np.array(times) - times[-1]) / (t_next - times[-1])  # […, −1, 0] on an even grid
+    scaled = (np.array(times) - times[-1]) / (t_next - times[-1])  # […, −1, 0] on an even grid
     powers = np.arange(len(times))
-    return np.linalg.solve(places[None, :] ** powers[:, None], 1 / (powers + 1)).tolist()
+    return np.linalg.solve(scaled[None, :] ** powers[:, None], 1 / (powers + 1)).tolist()
 
 
 def adams(velocity: Velocity, x: Tensor, times: list[float], noise: Noise, *, order: int) -> Iterator[Tensor]:
-    """Adams–Bashforth: x ← x + dt·Σ w_i v_i over the last `order` velocities; one evaluation a step.
+    """Adams–Bashforth: x ← x + dt·Σ w_i v_i over the last `order` velocities; one evaluation per step.
 
-    The first steps have fewer velocities behind them and a lower order.
+    The first steps have fewer past velocities and hence a lower order.
     """
     seen_times, seen = deque(maxlen=order), deque(maxlen=order)
     for t, t_next in pairwise(times):
@@ -101,10 +101,10 @@ def adams(velocity: Velocity, x: Tensor, times: list[float], noise: Noise, *, or
 
 
 def sde(velocity: Velocity, x: Tensor, times: list[float], noise: Noise) -> Iterator[Tensor]:
-    """Euler–Maruyama: noise is put in and the score takes it out again, which forgives earlier mistakes; order 1.
+    """Euler–Maruyama: noise is added and the score removes it again, which corrects earlier errors; order 1.
 
-    score = (t·v − x)/(1 − t) and x ← x + v·dt + ½·w·score·dt + √(w·dt)·noise with w = 1 − t. The distribution of x at
-    every t is the one that the plain velocity leads through. The last step is Euler's, without noise.
+    score = (t·v − x)/(1 − t) and x ← x + v·dt + ½·w·score·dt + √(w·dt)·noise with w = 1 − t. At every t, x has the same
+    distribution as under the plain velocity. The last step is Euler's, without noise.
     """
     for t, t_next in pairwise(times):
         dt, w = t_next - t, 1 - t

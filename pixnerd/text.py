@@ -1,4 +1,4 @@
-"""PixNerd from text: the same patches and fields, with captions that the blocks look at beside the image.
+"""PixNerd from text: the same patches and fields, with captions that the blocks attend to along with the image.
 
 Source: arXiv 2507.23268 and the released text-to-image code. Dimension letters: B images, C channels, L text tokens,
 D width, F features of the text encoder.
@@ -34,7 +34,7 @@ class TextPixNerd(PatchDenoiser):
         )
 
     def rotary_ends(self, rows: int, columns: int) -> tuple[float, float]:
-        """Rows end at the number of columns and columns at that of rows, as released; square grids do not differ."""
+        """Rows end at the number of columns and columns at that of rows, as released; equal for square grids."""
         return columns, rows
 
     def forward(
@@ -45,7 +45,7 @@ class TextPixNerd(PatchDenoiser):
         base_resolution: tuple[int, int] | None = None,
         tap: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The velocity at x_t, whatever `config.prediction` is.
+        """The velocity at x_t, for either `config.prediction`.
 
         Args:
             x: noisy images [B, C, H, W].
@@ -58,7 +58,7 @@ class TextPixNerd(PatchDenoiser):
             velocity [B, C, H, W], an estimate of image − noise; with `tap`, (velocity, tokens [B, N, D]).
 
         Raises:
-            InputError: sizes that do not fit, wrong channels, text of another length or another encoder.
+            InputError: unsuitable sizes, wrong channels, or text of another length or from another encoder.
         """
         self.check(x, t, text, base_resolution)
         check_text(self.config, text)
@@ -92,9 +92,9 @@ def check_text(config: TextModelConfig, text: Tensor) -> None:
 
 
 def build_network(config: ModelConfig, num_classes: int | None, recompute: Recompute = "head") -> PatchDenoiser:
-    """A network with fresh weights, of the family that its configuration belongs to.
+    """A network with fresh weights, of the family to which its configuration belongs.
 
-    num_classes is the class-conditional one's; a text-conditional network has no classes.
+    num_classes is only for the class-conditional network; a text-conditional one has no classes.
     """
     if isinstance(config, TextModelConfig):
         return TextPixNerd(config, recompute)

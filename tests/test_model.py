@@ -156,5 +156,5 @@ def test_base_resolution_has_to_fit(tiny):
     with pytest.raises(InputError, match="height 30 cannot be shared by the 4 patches of base height 16"):
         tiny(*inputs, base_resolution=(16, 16))
     linear = PixNerd(dataclasses.replace(TINY, head="linear"), 5)
-    with pytest.raises(InputError, match="linear head draws at its base resolution alone"):
+    with pytest.raises(InputError, match="linear head decodes only at its base resolution"):
         linear(torch.randn(1, 3, 32, 32), torch.tensor([0.5]), torch.tensor([2]), base_resolution=(16, 16))

@@ -1,4 +1,4 @@
-"""A panel that draws with any trained run: first the functions from settings to pictures, then the widgets over them.
+"""A panel that samples from any trained run: first the functions from settings to pictures, then their widgets.
 
 Dimension letters: B images, C channels, H × W pixels.
 """
@@ -28,9 +28,9 @@ from ..sampling import State, trajectory
 from ..solvers import SOLVERS
 
 MOST_IMAGES = 16
-MOST_STEPS = 200  # each is a frame that the browser has to keep
-MOST_ENLARGED = 8  # times the side of the training images; 16 images of more do not fit a laptop's memory
-SIDE = 256  # pixels of a table of images on the page, about
+MOST_STEPS = 200  # the browser has to keep a frame for each
+MOST_ENLARGED = 8  # times the side of the training images; 16 larger images do not fit in a laptop's memory
+SIDE = 256  # approximate pixels of a table of images on the page
 GAP = 2  # pixels between images
 
 
@@ -39,20 +39,20 @@ GAP = 2  # pixels between images
 
 @dataclass(frozen=True, kw_only=True)
 class Request(SamplingConfig):
-    """What to draw, and how to sample it. Raises InputError when a value is outside its range."""
+    """What to sample, and how. Raises InputError when a value is outside its range."""
 
     subject: Subject
     """the prompt, for a text model, or the class"""
     size: int
     """pixels along a side of the images, H = W"""
     count: int = 4
-    """images, 1 … MOST_IMAGES, all of the same subject"""
+    """number of images, 1 … MOST_IMAGES, all of the same subject"""
     seed: int = 0
-    """of the noise; image i depends on (seed, i) alone"""
+    """seed of the noise; image i depends on (seed, i) alone"""
 
     def __post_init__(self):
         if isinstance(self.subject, str) and not self.subject.strip():
-            raise InputError("prompt is empty; say in a few words what to draw")
+            raise InputError("prompt is empty; describe the image in a few words")
         if not 1 <= self.count <= MOST_IMAGES:
             raise InputError(f"images is {self.count}; it has to be 1 … {MOST_IMAGES}")
         if self.seed < 0:
@@ -64,7 +64,7 @@ class Request(SamplingConfig):
 
 @dataclass(frozen=True)
 class Trained:
-    """What sampling needs of a run's folder."""
+    """What sampling needs from a run's folder."""
 
     config: TrainConfig
     model: PatchDenoiser
@@ -74,10 +74,10 @@ class Trained:
 
 
 def open_run(path: str | Path) -> Trained:
-    """A run's settings and newest model, on a GPU when there is one.
+    """A run's settings and newest model, on a GPU if there is one.
 
     Raises:
-        InputError: no run or no checkpoint there, a damaged one, or a text encoder that is missing.
+        InputError: there is no run or no checkpoint, it is damaged, or its text encoder is missing.
     """
     run = Run(path)
     config, device = run.config(), default_device()
@@ -86,18 +86,18 @@ def open_run(path: str | Path) -> Trained:
 
 
 def states(run: Trained, request: Request) -> Iterator[State]:
-    """One State for each step; the last one's x [B, C, H, W] is what `pixnerd.sample` draws with these settings.
+    """One State per step; the last one's x [B, C, H, W] is what `pixnerd.sample` returns with these settings.
 
-    Above the size of the training images the transformer stays at that size, and the fields decode more pixels.
+    Above the size of the training images, the transformer stays at that size and the fields decode more pixels.
 
     Raises:
-        InputError: at the call: a subject of the wrong kind, an unknown class, a size that does not fit.
+        InputError: at the call: a subject of the wrong kind, an unknown class or an unsuitable size.
     """
     trained, size = run.model.config.image_size, request.size
     if size > MOST_ENLARGED * trained:
-        raise InputError(f"size is {size}; here it has to be at most {MOST_ENLARGED} · {trained}, the training's")
+        raise InputError(f"size is {size}; here it has to be at most {MOST_ENLARGED} · {trained}, the training size")
     if isinstance(request.subject, str) != (run.conditions.subject == "prompt"):
-        raise InputError(f"subject is {request.subject!r}; this model draws from a {run.conditions.subject}")
+        raise InputError(f"subject is {request.subject!r}; this model takes a {run.conditions.subject}")
     config = SamplingConfig(
         **{field.name: getattr(request, field.name) for field in dataclasses.fields(SamplingConfig)}
     )
@@ -113,9 +113,9 @@ def states(run: Trained, request: Request) -> Iterator[State]:
 
 
 def table(images: Tensor) -> Tensor:
-    """Images [B, C, H, W] in [−1, 1], row by row in a square, uint8 [3, rows·…, columns·…].
+    """Images [B, C, H, W] in [−1, 1], row by row in a square table: uint8 [3, rows·…, columns·…].
 
-    Small images are enlarged by a whole factor, to about SIDE pixels for the table; every pixel stays a square.
+    Small images are enlarged by an integer factor, to about SIDE pixels for the table; every pixel stays a square.
     """
     columns = math.ceil(math.sqrt(len(images)))
     factor = max(1, SIDE // (columns * images.shape[-1]))
@@ -129,7 +129,7 @@ def picture(images: Tensor) -> bytes:
 
 
 def frame(state: State) -> Image.Image:
-    """x_t on the left, the clean guess of that moment on the right, reduced to about 2·SIDE × SIDE pixels."""
+    """x_t on the left, the current estimate x̂ on the right, reduced to about 2·SIDE × SIDE pixels."""
     x, guess = table(state.x), table(state.image)
     gap = torch.full((3, x.shape[1], 4 * GAP), 255, dtype=torch.uint8)
     image = _to_image(torch.cat((x, gap, guess), 2))
@@ -137,14 +137,14 @@ def frame(state: State) -> Image.Image:
 
 
 def animation(frames: Sequence[Image.Image]) -> bytes:
-    """An endless WebP, lossless, that takes about three seconds and then shows the last frame for two."""
+    """A lossless, looping WebP that plays for about three seconds and then shows the last frame for two."""
     times = [max(20, 3000 // len(frames))] * (len(frames) - 1) + [2000]  # milliseconds
     options = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
     return _bytes(frames[0], "WEBP", lossless=True, method=0, **options)
 
 
 def whole_number(name: str, text: str) -> int:
-    """What a field called `name` says. Raises InputError when that is no whole number."""
+    """The integer in a field called `name`. Raises InputError when the text is not an integer."""
     try:
         return int(text)
     except ValueError:
@@ -152,7 +152,7 @@ def whole_number(name: str, text: str) -> int:
 
 
 def number(name: str, text: str) -> float:
-    """What a field called `name` says. Raises InputError when that is no finite number."""
+    """The number in a field called `name`. Raises InputError when the text is not a finite number."""
     try:
         value = float(text)
     except ValueError:
@@ -175,13 +175,13 @@ def _bytes(image: Image.Image, kind: str, **options) -> bytes:
 
 # --- the widgets ---------------------------------------------------------------------------------------------------
 
-X_T = "x<sub style='line-height: 0'>t</sub>"  # a line of its own height, or the pictures would not stand level
+X_T = "x<sub style='line-height: 0'>t</sub>"  # without this height the two pictures would not align
 
 
 class Panel(widgets.VBox):
-    """Controls on the left, set as the run samples by itself, and on the right what Draw has drawn.
+    """Controls on the left, initially with the run's own sampling settings; the resulting images on the right.
 
-    Numbers are fields of text, so that an empty or wrong one gets a sentence in `error` instead of being put right.
+    Numbers are text fields, so that an empty or invalid one is reported in `error` instead of being replaced.
     """
 
     def __init__(self, run: Trained, name: str):
@@ -216,7 +216,7 @@ class Panel(widgets.VBox):
         controls = [self.subject, self.count, self.size, self.seed, *sampling, self.draw, self.progress, self.error]
         self.results = [
             _column(widgets.HTML("the images"), self.images),
-            _column(widgets.HTML(f"the way there: {X_T}, and the guess it is heading for"), self.animation),
+            _column(widgets.HTML(f"the path to them: {X_T}, and the current estimate"), self.animation),
         ]
         for column in self.results:
             column.layout.visibility = "hidden"  # until there is something to show
@@ -226,7 +226,7 @@ class Panel(widgets.VBox):
         super().__init__([title, widgets.HBox(body, layout=rows)])
 
     def request(self) -> Request:
-        """What the controls ask for. Raises InputError naming the first one that cannot be."""
+        """The settings of the controls. Raises InputError naming the first invalid one."""
         return Request(
             subject=self.subject.value,
             count=self.count.value,
@@ -247,7 +247,7 @@ class Panel(widgets.VBox):
             self._say(str(error))
         except Exception as error:
             self._say(f"{type(error).__name__}: {error}")
-            raise  # the traceback goes where the notebook shows or logs it
+            raise  # so that the notebook shows or logs the traceback
         finally:
             self.draw.disabled, self.progress.layout.display = False, "none"
 
@@ -280,9 +280,9 @@ def _field(label: str, value: float) -> widgets.Text:
 
 
 def demo(path: str | Path) -> Panel:
-    """A panel that draws with the run at `path`, class- or text-conditional; show it as a cell's last line.
+    """A panel that samples from the run at `path`, class- or text-conditional; show it as a cell's last line.
 
     Raises:
-        InputError: no run or no checkpoint there, a damaged one, or a text encoder that is missing.
+        InputError: there is no run or no checkpoint, it is damaged, or its text encoder is missing.
     """
     return Panel(open_run(path), str(path))

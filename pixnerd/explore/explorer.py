@@ -1,4 +1,4 @@
-"""A figure with knobs: a plain function from values to a figure, and the controls that choose the values."""
+"""An interactive figure: a plain function from values to a figure, with controls that set the values."""
 
 import html
 import io
@@ -11,13 +11,13 @@ DPI = 100
 
 
 class Explorer(widgets.VBox):
-    """Controls above a picture, which `render` draws anew whenever one of them is let go.
+    """Controls above a picture, which `render` redraws whenever one of them is released.
 
-    What goes wrong is said in `error` under the controls and raised as well, so that a notebook and its tests see it.
+    An error is shown in `error` below the controls and raised as well, so that a notebook and its tests see it.
 
     Args:
-        render: the controls' values by name → a figure. It knows nothing of widgets, so that it can be tested without.
-        controls: one widget with a `value` for each argument of `render`; a label that is empty becomes the name.
+        render: the controls' values by name → a figure. It does not depend on widgets, so it can be tested without.
+        controls: one widget with a `value` for each argument of `render`; an empty label becomes the name.
     """
 
     def __init__(self, render: Callable[..., Figure], **controls: widgets.Widget):

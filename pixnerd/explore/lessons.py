@@ -1,4 +1,4 @@
-"""What several lessons start from: a trained model of digits."""
+"""The trained model of digits from which several lessons start."""
 
 import dataclasses
 from pathlib import Path
@@ -15,8 +15,8 @@ from ..training import train
 def trained_digits(out: str | Path, steps: int) -> tuple[PixNerd, TrainConfig]:
     """A class-conditional model of digits and the settings of its run.
 
-    The quickstart's, where `quickstart` beside `out` holds that run, finished; else one with the quickstart's recipe
-    shortened to `steps`, trained into `out`, which later calls load.
+    If `quickstart` beside `out` holds the finished quickstart run, its model is loaded. Otherwise a model is trained
+    with the quickstart's recipe, shortened to `steps`, and saved in `out`, from where later calls load it.
     """
     beside = Run(Path(out).with_name("quickstart"))
     if beside.config_path.is_file():
@@ -25,7 +25,7 @@ def trained_digits(out: str | Path, steps: int) -> tuple[PixNerd, TrainConfig]:
             return load(beside.folder), config
     config = dataclasses.replace(quickstart(), out=str(out), steps=steps)
     if steps < config.log_every:
-        config = dataclasses.replace(config, compile="off")  # compiling takes longer than so few steps
+        config = dataclasses.replace(config, compile="off")  # compiling takes longer than these few steps
     for _ in tqdm(train(config), total=steps, unit="step", desc="training", mininterval=5):
         pass
     return load(out), config

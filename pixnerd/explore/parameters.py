@@ -1,4 +1,4 @@
-"""What papermill gave a notebook, checked: papermill itself only warns about a name that the notebook does not have."""
+"""A check of the parameters that papermill injects: papermill itself only warns about unknown names."""
 
 import ast
 from collections.abc import Sequence
@@ -6,23 +6,23 @@ from typing import Any
 
 from ..errors import InputError
 
-INJECTED = "# Parameters\n"  # how papermill begins the cell that it puts behind the one tagged `parameters`
+INJECTED = "# Parameters\n"  # starts the cell that papermill inserts after the one tagged `parameters`
 
 
 def check_parameters(executed: Sequence[str]) -> None:
-    """Refuse what papermill injected unless the notebook has such parameters; without papermill there is nothing to do.
+    """Refuse injected parameters that the notebook does not have; without papermill there is nothing to check.
 
     Args:
         executed: the source of every cell run so far, which a notebook has as `In`: `check_parameters(In)`.
 
     Raises:
-        InputError: an unknown name, or a value of another kind than the default (text, a number, a list of numbers …).
+        InputError: an unknown name, or a value whose kind (text, a number, a list of numbers …) is not the default's.
     """
-    places = [place for place, source in enumerate(executed) if source.startswith(INJECTED)]
-    if not places:
+    injected = [index for index, source in enumerate(executed) if source.startswith(INJECTED)]
+    if not injected:
         return
-    before = [source for source in executed[: places[-1]] if not source.startswith(INJECTED)]
-    defaults, given = _assigned(before[-1]), _assigned(executed[places[-1]])
+    before = [source for source in executed[: injected[-1]] if not source.startswith(INJECTED)]
+    defaults, given = _assigned(before[-1]), _assigned(executed[injected[-1]])
     unknown = [name for name in given if name not in defaults]
     if unknown:
         raise InputError(
@@ -36,7 +36,7 @@ def check_parameters(executed: Sequence[str]) -> None:
 
 
 def _assigned(source: str) -> dict[str, Any]:
-    """Names and values of the literals that a cell assigns."""
+    """The names and literal values that a cell assigns."""
     statements = [statement for statement in ast.parse(source).body if isinstance(statement, ast.Assign)]
     return {target.id: ast.literal_eval(s.value) for s in statements for target in s.targets}
 

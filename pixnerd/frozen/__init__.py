@@ -1,6 +1,6 @@
-"""Networks of others, frozen: what REPA, the perceptual loss, the measures and text models look through.
+"""Frozen pretrained networks, used by REPA, the perceptual loss, the metrics and text models.
 
-An image network is one file with a class, and one line in IMAGE_NETWORKS. Nothing is imported before it is asked for.
+An image network consists of a module with a class and a line in IMAGE_NETWORKS. It is imported only when needed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from .network import FrozenNetwork
 
-IMAGE_NETWORKS = {  # name → the class that it is loaded with
+IMAGE_NETWORKS = {  # name → the class that loads it
     "efficientnet": "efficientnet.EfficientNet",
     "inception": "inception.Inception",
     "dinov2": "dinov2.Dinov2",
@@ -25,11 +25,11 @@ def load(source: str, device: torch.device | str = "cpu", weights: str | None = 
     """A frozen image network on `device`.
 
     Args:
-        source: a name of IMAGE_NETWORKS, a file that torch.export.save wrote, or a DINOv2's folder or hub id.
-        weights: the file, folder or hub id of a named network's weights, where it has a choice.
+        source: a name in IMAGE_NETWORKS, a file that torch.export.save wrote, or a DINOv2 model's folder or hub id.
+        weights: file, folder or hub id of a named network's weights, if it offers a choice.
 
     Raises:
-        InputError: a package or the weights are missing, or are not such a network's.
+        InputError: a package or the weights are missing, or the weights belong to another network.
     """
     module, _, kind = IMAGE_NETWORKS.get(source, "").partition(".")
     if not module:

@@ -1,4 +1,4 @@
-"""DINOv2 (Oquab et al. 2304.07193) by transformers: REPA's published teacher, and the features of FD-DINOv2.
+"""DINOv2 (Oquab et al. 2304.07193) from transformers: REPA's published teacher, and the features of FD-DINOv2.
 
 Dimension letters: B images, H × W pixels, F features.
 """
@@ -15,18 +15,18 @@ from .preprocess import as_rgb, normalise, own_precision
 
 PATCH = 14  # pixels along a side of a patch
 POOLED_SIDE = 224  # pixels
-LARGE = "facebook/dinov2-large"  # whose distances are reported as FD-DINOv2
+LARGE = "facebook/dinov2-large"  # the one behind FD-DINOv2
 
 
 class Dinov2(FrozenNetwork):
-    """A DINOv2 with patches of 14, with or without register tokens.
+    """A DINOv2 with patch size 14, with or without register tokens.
 
     Args:
         source: a hub id ("facebook/dinov2-base") or a folder; by default ViT-L/14 from the hub.
-        device: where it runs; images have to be there.
+        device: where it runs and expects images.
 
     Raises:
-        InputError: transformers is missing, the source cannot be loaded, or is no DINOv2 with patches of 14.
+        InputError: transformers is missing, or the source cannot be loaded or is not a DINOv2 with patch size 14.
     """
 
     measure = "DINOv2"
@@ -56,10 +56,10 @@ class Dinov2(FrozenNetwork):
 
     @torch.no_grad()
     def tokens(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The patch tokens of the last hidden state, normed, without the class token and register tokens.
+        """The normalised patch tokens of the last hidden state, without class and register tokens.
 
-        As published, images are normalised first, and then resized, bicubic without antialias, to 14 pixels a token:
-        14/16 of their size for a model with patches of 16. The library interpolates position embeddings to the grid.
+        As published, images are first normalised and then resized, bicubic without antialiasing, to 14 pixels per token
+        (14/16 of their size for a model with patch size 16). The library interpolates position embeddings to the grid.
         """
         with own_precision(images.device):
             images = normalise((as_rgb(images) + 1) / 2)
@@ -67,9 +67,9 @@ class Dinov2(FrozenNetwork):
             return self.network(images).last_hidden_state[:, self.extra_tokens :].float()
 
     def pooled(self, images: Tensor) -> dict[str, Tensor]:
-        """ "pool" [B, F]: the class token, at 224 pixels, bicubic with antialias.
+        """ "pool" [B, F]: the class token, for images resized to 224 pixels, bicubic with antialiasing.
 
-        Source: Stein et al. 2306.04675, who found distances in it nearer to people's judgement than FID.
+        Source: Stein et al. 2306.04675, who found its distances closer to human judgement than FID.
         """
         size = (POOLED_SIDE, POOLED_SIDE)
         images = F.interpolate(images.float(), size, mode="bicubic", antialias=True).clamp(0, 255) / 255

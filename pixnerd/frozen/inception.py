@@ -1,4 +1,4 @@
-"""The network behind FID, sFID, Inception Score, precision and recall: the papers' Inception v3, by torch-fidelity.
+"""The network behind FID, sFID, Inception Score, precision and recall: the papers' Inception v3, from torch-fidelity.
 
 Dimension letters: B images, H × W pixels.
 """
@@ -14,19 +14,19 @@ from ..errors import InputError
 from ..files import readable
 from .network import FrozenNetwork
 
-SHA256 = "6726825d"  # how the weights converted from the papers' TensorFlow graph begin; their file name says so too
+SHA256 = "6726825d"  # first digits for the weights converted from the papers' TensorFlow graph, as in their file name
 SPATIAL_CHANNELS = 7
 
 
 class Inception(FrozenNetwork):
-    """Images come at their own size and are scaled to 299 as TensorFlow 1 does, then (x − 128) / 128.
+    """Images of any size are scaled to 299 as TensorFlow 1 does, then to (x − 128) / 128.
 
     Args:
-        weights: file of torch-fidelity's `inception-v3-compat`; by default it is fetched and kept by torch.hub.
-        device: where it computes.
+        weights: file of torch-fidelity's `inception-v3-compat`; by default torch.hub downloads and caches it.
+        device: where it runs.
 
     Raises:
-        InputError: torch-fidelity is missing, or `weights` is no such file.
+        InputError: torch-fidelity is missing, or `weights` is not such a file.
     """
 
     name, measure = "inception", ""
@@ -43,7 +43,7 @@ class Inception(FrozenNetwork):
             if not Path(weights).is_file():
                 raise InputError(f"Inception's weights {weights} do not exist")
             with readable(Path(weights)):
-                torch.load(weights, map_location="cpu", weights_only=True)  # nothing but tensors: safe to be unpickled
+                torch.load(weights, map_location="cpu", weights_only=True)  # tensors only: safe to unpickle
             with open(weights, "rb") as file:
                 if not hashlib.file_digest(file, "sha256").hexdigest().startswith(SHA256):
                     warnings.warn(
@@ -59,7 +59,7 @@ class Inception(FrozenNetwork):
             raise InputError(f"{weights} are not weights of Inception v3 as FID uses it") from error
         except OSError as error:
             raise InputError(
-                f"Inception's weights cannot be fetched ({error}): give the file of torch-fidelity's "
+                f"Inception's weights cannot be downloaded ({error}): give the file of torch-fidelity's "
                 "inception-v3-compat with --weights"
             ) from error
         self.freeze(device)
@@ -72,7 +72,7 @@ class Inception(FrozenNetwork):
         """ "pool" [B, 2048], "logits" [B, 1008] and "spatial" [B, 2023].
 
         pool: the last average pool. logits: its product with the last layer's weights, without the bias. spatial: the
-        first 7 channels of Mixed_6d's 1 × 1 branch after its ReLU, 17 × 17 positions, the channel last (ADM's sFID).
+        first 7 channels of Mixed_6d's 1 × 1 branch after its ReLU, 17 × 17 positions, channels last (ADM's sFID).
         """
         pool, logits = self.network(images)
         spatial = self.seen[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # [B, 17 · 17 · 7]

@@ -1,4 +1,4 @@
-"""What a frozen image network can give, each in the form in which it is used.
+"""The interface of frozen image networks: the kinds of features that they can give.
 
 Dimension letters: B images, C channels, H × W pixels, N tokens (rows × columns, row-major), F features.
 """
@@ -10,33 +10,33 @@ from ..errors import InputError
 
 
 class FrozenNetwork(nn.Module):
-    """An image network in evaluation mode whose weights do not change. A kind gives one or more of the three."""
+    """An image network in evaluation mode, with fixed weights. A subclass provides one or more kinds of features."""
 
     name: str
     features: int
     """F of its tokens"""
     measure: str
-    """how measures in its pooled features are called, "EffLite0" for KID-EffLite0; empty for Inception, as in FID"""
+    """suffix for metrics of its pooled features, "EffLite0" in KID-EffLite0; empty for Inception, as in FID"""
 
     def pooled(self, images: Tensor) -> dict[str, Tensor]:
-        """Features of whole images by name, "pool" [B, F] among them, of uint8 images [B, 3, H, W]."""
-        raise InputError(f"{self.name} gives no features of whole images, which measures need")
+        """Features by name, one vector per image, including "pool" [B, F]. Images are uint8 [B, 3, H, W]."""
+        raise InputError(f"{self.name} gives no features of whole images, which metrics need")
 
     def tokens(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Features of parts of images [B, N, F] in float32, without gradients: what REPA aligns tokens with.
+        """Features of image patches [B, N, F] in float32, without gradients: what REPA aligns tokens with.
 
         Args:
             images: [B, 1 or 3, H, W] in [−1, 1], of any size.
-            grid: (rows, columns) of the parts.
+            grid: (rows, columns) of the patches.
 
-        The network runs in bfloat16 on a GPU and in float32 on a CPU, whatever precision is used around it.
+        The network runs in bfloat16 on a GPU and in float32 on a CPU, regardless of the surrounding autocast.
         """
         raise InputError(f"{self.name} gives no features of parts of images, which REPA needs")
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """Feature maps [B, F, h, w] of several depths, of images [B, 3, H, W] in [−1, 1]; gradients pass through."""
+        """Feature maps [B, F, h, w] at several depths for images [B, 3, H, W] in [−1, 1]; gradients pass through."""
         raise InputError(f"{self.name} gives no feature maps, which the perceptual loss needs")
 
     def freeze(self, device: torch.device | str) -> None:
-        """Move to `device`, in evaluation mode for good, without gradients of the weights."""
+        """Move to `device`, permanently in evaluation mode, without gradients for the weights."""
         self.to(device).eval().requires_grad_(False)

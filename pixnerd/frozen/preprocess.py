@@ -1,4 +1,4 @@
-"""What the frozen image networks have in common before the first layer: channels, means, precision.
+"""Preprocessing shared by the frozen image networks: channels, means, precision.
 
 Dimension letters: B images, C channels, H × W pixels.
 """
@@ -12,7 +12,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Images [B, 1 or 3, H, W] in [0, 1] → [B, 3, H, W] with ImageNet's mean and deviation taken out."""
+    """Images [B, 1 or 3, H, W] in [0, 1] → [B, 3, H, W], normalised by ImageNet's mean and standard deviation."""
     mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (images - mean) / std
 
@@ -20,10 +20,10 @@ def normalise(images: Tensor) -> Tensor:
 def as_rgb(images: Tensor) -> Tensor:
     """[B, 1 or 3, H, W] → float32 [B, 3, H, W]. Raises InputError for any other number of channels."""
     if images.shape[1] not in (1, 3):
-        raise InputError(f"images have {images.shape[1]} channels; a teacher looks at 1 (grey) or 3 (RGB)")
+        raise InputError(f"images have {images.shape[1]} channels; a teacher takes 1 (grey) or 3 (RGB)")
     return images.float().expand(-1, 3, -1, -1)
 
 
 def own_precision(device: torch.device) -> torch.autocast:
-    """bfloat16 on a GPU, float32 elsewhere, whatever precision is used around it."""
+    """bfloat16 on a GPU, float32 elsewhere, regardless of the surrounding autocast."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")

@@ -1,4 +1,4 @@
-"""Frozen text encoders: captions in, one feature vector for every token out, each caption encoded only once.
+"""Frozen text encoders: captions in, one feature vector per token out, each caption encoded only once.
 
 Dimension letters: B captions, L tokens (padding included), F features of a token.
 """
@@ -21,7 +21,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 
 class TextEncoder(Protocol):
-    """What a text model needs of an encoder."""
+    """What a text model needs from an encoder."""
 
     name: str
     features: int  # F
@@ -51,7 +51,7 @@ class TransformersEncoder:
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """[B, L, F]; a caption that is too long is cut, with a warning that says so."""
+        """[B, L, F]; a caption that is too long is cut, with a warning."""
         for caption in captions:
             tokens = len(self.tokenizer(caption)["input_ids"])
             if tokens > self.length:
@@ -87,7 +87,7 @@ def load_encoder(source: str, length: int, device: torch.device | str = "cpu") -
 
 
 class CachedEncoder:
-    """An encoder that keeps every caption's features in memory and on disk, in bfloat16, by the caption's hash."""
+    """An encoder that caches every caption's features in memory and on disk, in bfloat16, by the caption's hash."""
 
     def __init__(self, encoder: TextEncoder, folder: Path):
         self.encoder, self.name = encoder, encoder.name

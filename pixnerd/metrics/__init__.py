@@ -1,1 +1,1 @@
-"""Measures of what was drawn."""
+"""Metrics for samples."""

@@ -22,7 +22,7 @@ from ..files import replacing
 from .images import Images, open_images
 from .statistics import Moments, frechet_distance, inception_score, kernel_distance, precision_recall
 
-REFERENCES = 10_000  # real images that precision, recall and KID look at, as in ADM's suite
+REFERENCES = 10_000  # real images for precision, recall and KID, as in ADM's suite
 ENOUGH = 2049  # fewer images than this cannot span Inception's 2,048 features
 
 Pooled = Callable[[Tensor], dict[str, Tensor]]  # uint8 images [B, 3, H, W] → features by name, [B, F] each
@@ -30,17 +30,17 @@ Pooled = Callable[[Tensor], dict[str, Tensor]]  # uint8 images [B, 3, H, W] → 
 
 @dataclass
 class Features:
-    """What is kept of a set of images: each feature's Gaussian, and some images' features themselves."""
+    """What is kept of a set of images: a Gaussian of each feature, and the features of some images."""
 
     count: int
     gaussians: dict[str, tuple[Tensor, Tensor]]
-    """by feature, "pool" and "spatial": mean [F] and covariance [F, F], of all images"""
+    """by feature, "pool" and "spatial": mean [F] and covariance [F, F] over all images"""
     rows: dict[str, Tensor] = field(default_factory=dict)
     """by feature, "pool" and "logits": [kept images, F], float32"""
 
 
 def own_batches(images: Images, batch_size: int, world: World) -> Iterator[tuple[int, Tensor]]:
-    """This process's batches of all, each with the number of its first image."""
+    """This process's share of the batches, each with the index of its first image."""
     for number, batch in enumerate(images.batches(batch_size)):
         if number % world.size == world.rank:
             yield number * batch_size, batch
@@ -50,15 +50,15 @@ def own_batches(images: Images, batch_size: int, world: World) -> Iterator[tuple
 def collect(
     pooled: Pooled, batches: Iterable[tuple[int, Tensor]], count: int, world: World, keep: int | None = None
 ) -> Features:
-    """Features of images that come as (number of the first, uint8 [B, 3, H, W]); every process calls it with its own.
+    """Features of batches (index of the first image, uint8 [B, 3, H, W]); every process calls it with its own batches.
 
-    Memory does not grow with the images but for the kept rows, 8 kB each, 12 kB with logits.
+    Memory grows only with the rows that are kept, 8 kB each, or 12 kB with logits.
 
     Args:
-        pooled: of a frozen network, see FrozenNetwork.pooled.
-        batches: this process's.
-        count: of the images of all processes.
-        keep: how many images' rows to keep, chosen at random but always the same; None: all.
+        pooled: a frozen network's features, see FrozenNetwork.pooled.
+        batches: this process's batches.
+        count: number of images in all processes.
+        keep: number of images whose rows are kept, chosen at random but always the same; None: all.
     """
     chosen = torch.arange(count)
     if keep is not None and keep < count:
@@ -80,7 +80,7 @@ def collect(
     for found in moments.values():
         found.share(world)
     if found.count != count:
-        raise InputError(f"{found.count} images were read where {count} were announced")
+        raise InputError(f"{found.count} images were read, but {count} were expected")
     gaussians = {name: (found.mean, found.covariance) for name, found in moments.items()}
     return Features(count, gaussians, {name: world.sum(kept) for name, kept in rows.items()})
 
@@ -97,8 +97,8 @@ def reference_features(
     """Features of real images: a data set, pictures, or the ADM suite's reference .npz, whose own moments are used.
 
     That file has `mu`, `sigma` of the pooled and `mu_s`, `sigma_s` of the spatial features of all training images, and
-    10,000 images in `arr_0`. `name` is the network's, `image_size` a data set's, in pixels. The features are kept in
-    `folder` for the next time, since a sweep compares many sets of samples with the same real images.
+    10,000 images in `arr_0`. `name` is the network's name, `image_size` the size at which a data set is read, in
+    pixels. The features are cached in `folder`, since a sweep compares many sets of samples with the same real images.
     """
     images = open_images(source, image_size)
     key = {"reference": source, "images": images.count, "image_size": image_size}
@@ -128,7 +128,7 @@ def _write_features(path: Path, key: dict[str, str | int], features: Features) -
 
 
 def _read_features(path: Path, key: dict[str, str | int]) -> Features | None:
-    """None where there is no readable file, or one of other images."""
+    """The cached features; None if there is no readable file or it is about other images."""
     if not path.is_file():
         return None
     try:
@@ -145,15 +145,15 @@ def _read_features(path: Path, key: dict[str, str | int]) -> Features | None:
 
 
 def compare(real: Features, sampled: Features, measure: str) -> dict[str, float]:
-    """The scores by name: FID, sFID, IS, precision, recall and KID of Inception; FD-… and KID-… of another network.
+    """The scores by name: FID, sFID, IS, precision, recall and KID for Inception; FD-… and KID-… for other networks.
 
-    `measure` is the network's, see FrozenNetwork. Warns where there are too few images for a Fréchet distance.
+    `measure` is the network's, see FrozenNetwork. Warns if there are too few images for a Fréchet distance.
     """
     fewest = min(real.count, sampled.count)
     if fewest < ENOUGH:
         warnings.warn(
             f"{fewest} images are fewer than {ENOUGH}, which Inception's features need: a Fréchet distance of so few "
-            "is far too high and only comparable at the same number; prefer KID",
+            "is far too high and only comparable at the same number of images; prefer KID",
             stacklevel=2,
         )
     frechet, kernel = (f"FD-{measure}", f"KID-{measure}") if measure else ("FID", "KID")
@@ -168,10 +168,10 @@ def compare(real: Features, sampled: Features, measure: str) -> dict[str, float]
 
 
 class SampleFile:
-    """A .npz of samples that grows on the disk, written by all processes: never all in memory.
+    """A .npz of samples that all processes write directly to disk, so that they are never all in memory.
 
     Args:
-        path: of the .npz: `arr_0` uint8 [N, H, W, 3] and `labels` [N], as the ADM suite reads it.
+        path: the .npz to write: `arr_0` uint8 [N, H, W, 3] and `labels` [N], as the ADM suite reads it.
         shape: (N, H, W, 3).
     """
 
@@ -185,11 +185,11 @@ class SampleFile:
         self.pixels = np.lib.format.open_memmap(self.pixels_path, "r+")
 
     def put(self, start: int, images: Tensor) -> None:
-        """Images uint8 [B, 3, H, W], numbers `start` and following."""
+        """Write images uint8 [B, 3, H, W] at index `start` and following."""
         self.pixels[start : start + len(images)] = images.permute(0, 2, 3, 1).cpu().numpy()
 
     def close(self, labels: Tensor) -> None:
-        """Write the .npz, its name last; every process calls it."""
+        """Finish the .npz, which gets its name last; every process has to call it."""
         self.pixels.flush()
         self.world.wait()
         if self.world.leads:

@@ -1,4 +1,4 @@
-"""Images to measure, from wherever they are: sample files, folders of pictures, runs, data sets; batch by batch.
+"""Images to measure, batch by batch: from sample files, folders of pictures, runs or data sets.
 
 Dimension letters: N images of H × W pixels, B of a batch.
 """
@@ -22,11 +22,11 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Images:
-    """So many images that can be read in order as often as wanted."""
+    """A number of images that can be read in order, any number of times."""
 
     count: int
     batches: Callable[[int], Iterator[Tensor]]
-    """batch size → uint8 [B, 3, H, W] one after the other, at their own size"""
+    """batch size → consecutive batches uint8 [B, 3, H, W], at the images' own size"""
 
 
 def open_images(source: str | Path, image_size: int | None = None) -> Images:
@@ -34,10 +34,10 @@ def open_images(source: str | Path, image_size: int | None = None) -> Images:
 
     Args:
         source: a path, or the name of a data set as in `data.load`.
-        image_size: of a data set's images, in pixels.
+        image_size: side of a data set's images, in pixels.
 
     Raises:
-        InputError: there are no images there.
+        InputError: the source has no images.
     """
     path = Path(source)
     if path.suffix == ".npz":
@@ -60,7 +60,7 @@ def open_images(source: str | Path, image_size: int | None = None) -> Images:
 
 @contextlib.contextmanager
 def _array(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, int, int, int]]]:
-    """The bytes of `arr_0`, from the first pixel on, and its shape [N, H, W, 3]."""
+    """A file at the first pixel of `arr_0`, and the shape [N, H, W, 3]."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
             version = np.lib.format.read_magic(file)
@@ -71,7 +71,7 @@ def _array(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, int, int, int]]]:
             if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or by_column:
                 raise InputError(f"{path}: arr_0 is {dtype} of shape {shape}; it has to be uint8 [N, H, W, 3]")
             yield file, shape
-    except InputError:  # a ValueError too, but with its own words
+    except InputError:  # a ValueError too, but already with a sentence
         raise
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
@@ -80,7 +80,7 @@ def _array(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, int, int, int]]]:
 
 
 def _npz_batches(path: Path, batch_size: int) -> Iterator[Tensor]:
-    """Read as a stream: one batch in memory, however many images the file has."""
+    """Read as a stream: only one batch in memory, regardless of the file's size."""
     with _array(path) as (file, shape):
         count, *one = shape
         for start in range(0, count, batch_size):

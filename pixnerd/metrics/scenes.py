@@ -1,7 +1,7 @@
-"""Does a drawing show its caption? For scenes of shapes that is computed, without a network: found, named, compared.
+"""Does an image show its caption? For scenes of shapes this is computed without a network: find, name, compare.
 
-An object is what stands out from the plain background. It takes the name of the nearest colour, and that of the shape
-whose exact drawing fits it best; then the captions are checked as GenEval (Ghosh et al. 2310.11513) checks them.
+An object is whatever stands out from the plain background. It gets the name of the nearest colour and of the shape
+whose exact drawing fits best; then the caption is checked as in GenEval (Ghosh et al. 2310.11513).
 
 Dimension letters: B images of S × S pixels, C colours, Y rows and X columns around an object.
 """
@@ -22,16 +22,16 @@ from ..errors import InputError
 Part = Literal["object", "count", "colour", "position", "binding"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
-NEAR = 57.0  # of 0 … 255, half the least distance of two colours: no colour is near to two of them
-SPECK = 0.006  # of the image's area: what covers less is no object; the smallest in a scene covers 0.025
+NEAR = 57.0  # of 0 … 255, half the smallest distance between two colours: nothing is near two of them
+SPECK = 0.006  # share of the image's area: anything smaller is ignored; the smallest object in a scene has 0.025
 EDGE = 2  # pixels around an object that are still compared with its shape's drawing
-MISFIT = 0.15  # what a shape's name may miss by, see Found.misfit
-SLACK = 1 / 32  # how far two boxes may overlap in x, and the one be left of the other all the same
+MISFIT = 0.15  # largest misfit of a named shape, see Found.misfit
+SLACK = 1 / 32  # how far the boxes may overlap in x while one object still counts as left of the other
 
 
 @dataclass(frozen=True)
 class Found:
-    """An object that was found in an image; lengths are shares of its side."""
+    """An object found in an image; lengths are fractions of the image's side."""
 
     shape: Shape | None
     """None: no shape fits"""
@@ -42,27 +42,27 @@ class Found:
     radius: float
     """half the side of the box that the best shape fills"""
     misfit: float
-    """Σ |seen − drawn|² / Σ |drawn|², over the pixels around, colours less the background; 0 where a shape fits"""
+    """Σ |seen − drawn|² / Σ |drawn|² over the pixels around, colours minus background; 0 for a perfect fit"""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What of a caption an image shows; None where the caption does not ask for it."""
+    """Which parts of a caption an image shows; None for parts that the caption does not ask for."""
 
     object: bool
-    """each shape of the caption is there"""
+    """each of the caption's shapes is present"""
     count: bool
-    """of each as many as it says, and nothing else: no other shape, nothing without a name"""
+    """each shape in the right number and nothing else: no other shape, no unnamed object"""
     colour: bool | None
-    """each colour that it names is there, on whatever object"""
+    """each colour in the caption is present, on any object"""
     position: bool | None
-    """each object of the first shape stands to each of the second as it says"""
+    """each object of the first shape is in the caption's relation to each of the second"""
     binding: bool | None
-    """of two shapes with colours: every object has its own shape's"""
+    """for two coloured shapes: every object has the colour of its own shape"""
 
     @property
     def satisfied(self) -> bool:
-        """Whether the image shows all that the caption says, and nothing more."""
+        """Whether the image shows everything in the caption, and nothing more."""
         return all(getattr(self, part) is not False for part in PARTS)
 
 
@@ -71,17 +71,17 @@ class SceneScore:
     """Shares of images, 0 … 1."""
 
     tasks: dict[Task, float]
-    """of each task's images, those that show their caption"""
+    """for each task, the share of its images that show their caption"""
     parts: dict[Part, float]
-    """of the images whose caption asks for it, those that show this part"""
+    """for each part, the share of images that show it among those whose caption asks for it"""
 
     @property
     def overall(self) -> float:
-        """The mean over the tasks, as GenEval's."""
+        """The mean over the tasks, as in GenEval."""
         return sum(self.tasks.values()) / len(self.tasks)
 
     def to_dict(self) -> dict[str, float]:
-        """As metrics.json holds it."""
+        """The entries of metrics.json."""
         parts = {f"{part} right": share for part, share in self.parts.items()}
         return {"overall": self.overall, **self.tasks, **parts}
 
@@ -89,19 +89,19 @@ class SceneScore:
 def score_scenes(images: Tensor, scenes: Sequence[Scene]) -> SceneScore:
     """How many images show the caption of their scene.
 
-    A caption is shown where each of its shapes is there in its number, with the colour and in the place that it names,
-    and nothing else is: one object too many, of whatever shape, or one that fits none, and the caption is not shown.
-    What it does not name (the background, sizes, colours without a name) may be anything. Specks do not count.
+    An image shows a caption if it has each shape in the right number, colour and position, and nothing else: a single
+    extra object, or one that fits no shape, and it does not. Whatever the caption does not mention (the background,
+    sizes, unnamed colours) may be anything. Specks do not count.
 
     Args:
         images: [B, 3, S, S], uint8 or floats in [−1, 1].
-        scenes: B scenes; their captions alone are asked for, not their places and backgrounds.
+        scenes: B scenes; only their captions matter, not their exact positions and backgrounds.
 
     Raises:
-        InputError: other shapes, or not as many scenes.
+        InputError: the images have another shape, or there are not as many scenes.
     """
     if len(images) != len(scenes) or not scenes:
-        raise InputError(f"there are {len(images)} images and {len(scenes)} scenes; they have to be as many, not none")
+        raise InputError(f"there are {len(images)} images and {len(scenes)} scenes; one scene per image is needed")
     verdicts = [check(scene, found) for scene, found in zip(scenes, find_objects(images), strict=True)]
     tasks = {}
     for task in TASKS:
@@ -117,12 +117,12 @@ def score_scenes(images: Tensor, scenes: Sequence[Scene]) -> SceneScore:
 
 
 def true_score(scenes: Sequence[Scene], size: int) -> SceneScore:
-    """The score of the scenes' own drawings of size × size pixels: what the detector gets right."""
+    """The score of the scenes' own renderings at size × size pixels: how well the detector works."""
     return score_scenes(torch.stack([render(scene, size) for scene in scenes]), scenes)
 
 
 def check(scene: Scene, found: Sequence[Found]) -> Verdict:
-    """Whether objects are what a scene's caption says; see Verdict."""
+    """Compare the objects found in an image with the scene's caption."""
     members = [[thing for thing in found if thing.shape == group.shape] for group in scene.groups]
     there = all(members)
     counted = all(len(things) == group.count for things, group in zip(members, scene.groups, strict=True))
@@ -139,7 +139,7 @@ def check(scene: Scene, found: Sequence[Found]) -> Verdict:
 
 
 def stands(first: Found, relation: Relation, second: Found) -> bool:
-    """Whether the first box ends where the second begins, in the relation's direction, give or take SLACK."""
+    """Whether the first box ends before the second begins, in the relation's direction, allowing SLACK of overlap."""
     if relation in ("right of", "below"):
         return stands(second, INVERSE[relation], first)
     distance = second.x - first.x if relation == "left of" else second.y - first.y
@@ -150,9 +150,9 @@ def stands(first: Found, relation: Relation, second: Found) -> bool:
 
 
 def find_objects(images: Tensor) -> list[tuple[Found, ...]]:
-    """What stands out from the background of each image [B, 3, S, S], uint8 or floats in [−1, 1], the largest first.
+    """The objects on the background of each image [B, 3, S, S], uint8 or floats in [−1, 1], the largest first.
 
-    Objects are told apart by the background between them: two that touch are one thing, which no shape fits.
+    Objects are separated by the background between them: two that touch count as one, which no shape fits.
     """
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise InputError(f"images have shape {tuple(images.shape)}; [B, 3, S, S] is needed")
@@ -176,34 +176,34 @@ def _find(pixels: Tensor) -> list[tuple[Found, ...]]:
 
 
 def _coverage(pixels: Tensor, background: Tensor) -> Tensor:
-    """[B, S, S]: how far each pixel is on the way from the background to a colour, for the colour whose way is nearest.
+    """[B, S, S]: how far each pixel lies along the line from the background to a colour, for the nearest such line.
 
     Args:
         pixels: [B, 3, S, S] in 0 … 255.
         background: [B, 3, 1, 1].
     """
-    way = torch.tensor(list(COLOURS.values()), dtype=pixels.dtype)[:, :, None, None] - background[:, None]
-    length = (way**2).sum(2)  # [B, C, 1, 1]
+    line = torch.tensor(list(COLOURS.values()), dtype=pixels.dtype)[:, :, None, None] - background[:, None]
+    length = (line**2).sum(2)  # [B, C, 1, 1]
     difference = (pixels - background)[:, None]  # [B, 1, 3, S, S]
-    share = (difference * way).sum(2) / length.clamp(min=1)  # [B, C, S, S]
-    off = ((difference - share.clamp(0, 1)[:, :, None] * way) ** 2).sum(2)
+    share = (difference * line).sum(2) / length.clamp(min=1)  # [B, C, S, S]
+    off = ((difference - share.clamp(0, 1)[:, :, None] * line) ** 2).sum(2)
     off = off.masked_fill(length < NEAR**2, torch.inf)  # a colour like the background's does not stand out
     return share.gather(1, off.argmin(1, keepdim=True))[:, 0]
 
 
 def _largest_neighbour(values: Tensor) -> Tensor:
-    """[B, S, S]: the largest value of a pixel and its eight neighbours."""
+    """[B, S, S]: the largest value among a pixel and its eight neighbours."""
     return F.max_pool2d(values.float(), 3, stride=1, padding=1)
 
 
 def _label(mask: Tensor) -> Tensor:
-    """[B, S, S]: a number for each set of connected pixels, also across corners; 0 outside of them."""
+    """[B, S, S]: a number for each set of pixels connected by edges or corners; 0 outside of them."""
     labels = torch.arange(1.0, mask[0].numel() + 1).view_as(mask[0]) * mask
     while True:
-        spread = _largest_neighbour(labels) * mask
-        if spread.equal(labels):
+        grown = _largest_neighbour(labels) * mask
+        if grown.equal(labels):
             return labels
-        labels = spread
+        labels = grown
 
 
 def _name_all(
@@ -214,16 +214,16 @@ def _name_all(
     Args:
         difference: [3, S, S] from the background.
         background: [3, 1, 1].
-        things, around, core: [S, S] the object that a pixel is part of, 0 for none: by its inside; with the pixels
-            around; without those at its own edge.
+        things, around, core: [S, S] the number of the object at each pixel, 0 for none: its inside; also the pixels
+            around it; without those at its edge.
     """
     numbers, sizes = np.unique(things[things > 0], return_counts=True)
     found = []
-    for place in np.argsort(-sizes, kind="stable"):
-        if sizes[place] < SPECK * things.size:
+    for index in np.argsort(-sizes, kind="stable"):
+        if sizes[index] < SPECK * things.size:
             break
-        inside, middle = things == numbers[place], core == numbers[place]
-        own = (around == numbers[place]) | (around == 0)
+        inside, middle = things == numbers[index], core == numbers[index]
+        own = (around == numbers[index]) | (around == 0)
         found.append(_name(difference, background[:, 0, 0], inside, own, middle if middle.any() else inside))
     return tuple(found)
 
@@ -248,18 +248,18 @@ def _name(
     for shape in SHAPES:
         unit_area, unit_y = MOMENTS[shape]
         radius = (area / unit_area) ** 0.5
-        place = (middle_x, middle_y - unit_y * radius, radius)
-        drawn = colour[:, None, None] * (coverage(shape, *place, x, y) * own)
+        box = (middle_x, middle_y - unit_y * radius, radius)
+        drawn = colour[:, None, None] * (coverage(shape, *box, x, y) * own)
         misfit = ((seen - drawn) ** 2).sum() / max((drawn**2).sum(), 1)
         if best is None or misfit < best[0]:
-            best = misfit, shape, place
-    misfit, shape, place = best
-    x, y, radius = (float(value) / len(inside) for value in place)
+            best = misfit, shape, box
+    misfit, shape, box = best
+    x, y, radius = (float(value) / len(inside) for value in box)
     return Found(shape if misfit < MISFIT else None, name, x, y, radius, float(misfit))
 
 
 def _moments(shape: Shape) -> tuple[float, float]:
-    """Area, and how far the middle of the area lies below the box's, of the shape in the box from −1 to 1."""
+    """A shape's area in the box from −1 to 1, and how far its centroid lies below the box's centre."""
     if shape == "circle":
         return np.pi, 0.0
     x, y = CORNERS[shape].T

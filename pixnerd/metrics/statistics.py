@@ -1,7 +1,7 @@
 """From features to numbers: Fréchet and kernel distance, Inception Score, precision and recall, as the papers use them.
 
-The definitions are those of the ADM suite (Dhariwal & Nichol 2105.05233, appendix, and its released evaluator); what is
-said to be equal to it is meant to the last definition, not to the last bit. Dimension letters: N images, F features.
+The definitions are those of the ADM suite (Dhariwal & Nichol 2105.05233, appendix, and its released evaluator): every
+definition agrees, though not every last bit. Dimension letters: N images, F features.
 """
 
 from typing import NamedTuple
@@ -16,11 +16,11 @@ from ..errors import InputError
 
 NEIGHBOURS = 3
 CHUNK = 5000  # images of one Inception Score; the score is the mean over chunks
-BLOCK = 10_000  # rows and columns of a matrix of distances held at a time
+BLOCK = 10_000  # rows and columns of a distance matrix computed at a time
 
 
 class Moments:
-    """The mean and covariance of features that come batch by batch: sums in float64, however many images there are.
+    """The mean and covariance of features added batch by batch, as sums in float64; memory does not depend on N.
 
     Args:
         features: F.
@@ -32,14 +32,14 @@ class Moments:
         self.products = torch.zeros(features, features, dtype=torch.float64)
 
     def add(self, features: Tensor) -> None:
-        """Take in a batch [B, F]."""
+        """Add a batch [B, F]."""
         batch = features.double().to(self.sum.device)
         self.count += len(batch)
         self.sum += batch.sum(0)
         self.products += batch.T @ batch
 
     def share(self, world: World) -> None:
-        """Make them those of the images of all processes; every process calls it, once."""
+        """Combine the sums of all processes; every process has to call it, once."""
         self.count = int(world.sum(torch.tensor(self.count)))
         self.sum, self.products = world.sum(self.sum), world.sum(self.products)
 
@@ -80,22 +80,22 @@ class Spread(NamedTuple):
 def kernel_distance(first: Tensor, second: Tensor, subsets: int = 100, subset_size: int = 1000) -> Spread:
     """KID: the unbiased squared MMD of the kernel (x·y / F + 1)³, the mean over random subsets (Bińkowski 1801.01401).
 
-    It does not depend on the number of images in expectation, and may be negative. Subsets are drawn as torch-fidelity
-    draws them (seed 2020); of fewer than `subset_size` images, all are taken each time.
+    Its expectation does not depend on the number of images, and it may be negative. Subsets are drawn at random as in
+    torch-fidelity (seed 2020); from fewer than `subset_size` images, all are taken each time.
 
     Args:
         first: features [N, F].
         second: features [N', F].
 
     Raises:
-        InputError: a set of fewer than 2 images.
+        InputError: a set has fewer than 2 images.
     """
     size = min(subset_size, len(first), len(second))
     if size < 2:
         raise InputError(
             f"a kernel distance needs 2 images or more on each side; there are {len(first)}, {len(second)}"
         )
-    draw = np.random.RandomState(2020)  # the generator that torch-fidelity's figures come from
+    draw = np.random.RandomState(2020)  # torch-fidelity's generator
     distances = []
     for _ in range(subsets):
         x, y = (
@@ -111,11 +111,11 @@ def kernel_distance(first: Tensor, second: Tensor, subsets: int = 100, subset_si
 def inception_score(logits: Tensor) -> Spread:
     """exp(mean KL(p(y|x) ‖ p(y))), the mean over sequential chunks of 5,000 images (Salimans et al. 1606.03498).
 
-    A chunk's p(y) is the mean of its own images, so a file sorted by class would score low: the images are permuted
+    A chunk's p(y) is the mean over its own images, so a file sorted by class would score low: the images are permuted
     first, always in the same way.
 
     Args:
-        logits: [N, classes], of Inception without the bias of its last layer.
+        logits: [N, classes], from Inception without the bias of its last layer.
     """
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))
     scores = []
@@ -127,10 +127,10 @@ def inception_score(logits: Tensor) -> Spread:
 
 
 def squared_distances(rows: Tensor, columns: Tensor, half: bool) -> Tensor:
-    """|r|² − 2·r·c + |c|², not below 0, [rows, columns]; in float16 where `half` and all of them are finite there."""
+    """|r|² − 2·r·c + |c|², clamped at 0, [rows, columns]; in float16 if `half` and all of them are finite there."""
     if half:
         rows_16, columns_16 = rows.half(), columns.half()
-        if rows.device.type == "cpu":  # which multiplies float16 slowly; a GPU sums the products in float32, too
+        if rows.device.type == "cpu":  # slow in float16; a GPU also sums the products in float32
             products = (rows_16.float() @ columns_16.float().T).half()
         else:
             products = rows_16 @ columns_16.T
@@ -142,7 +142,7 @@ def squared_distances(rows: Tensor, columns: Tensor, half: bool) -> Tensor:
 
 
 def neighbour_distance(features: Tensor, half: bool) -> Tensor:
-    """The squared distance of each to its third nearest other, [N]."""
+    """The squared distance from each point to its third nearest neighbour, [N]."""
     found = []
     for rows in features.split(BLOCK):
         nearest = torch.empty(len(rows), 0, dtype=features.dtype)
@@ -154,7 +154,7 @@ def neighbour_distance(features: Tensor, half: bool) -> Tensor:
 
 
 def covered(points: Tensor, centres: Tensor, half: bool) -> float:
-    """The share of points that lie in one of the balls around the centres that reach to their third neighbours."""
+    """The share of points inside at least one ball around a centre that reaches to its third nearest neighbour."""
     radii, inside = neighbour_distance(centres, half).split(BLOCK), []
     for rows in points.split(BLOCK):
         within = torch.zeros(len(rows), dtype=torch.bool)
@@ -165,34 +165,34 @@ def covered(points: Tensor, centres: Tensor, half: bool) -> float:
 
 
 class PrecisionRecall(NamedTuple):
-    precision: float  # drawn images that look like real ones, 0 … 1
-    recall: float  # real images that the drawn ones reach, 0 … 1
+    precision: float  # share of samples that look like real images, 0 … 1
+    recall: float  # share of real images that the samples cover, 0 … 1
 
 
-def precision_recall(real: Tensor, drawn: Tensor, half: bool = True) -> PrecisionRecall:
-    """How many drawn images lie among the real ones, and the other way round (Kynkäänniemi et al. 1904.06991), k = 3.
+def precision_recall(real: Tensor, sampled: Tensor, half: bool = True) -> PrecisionRecall:
+    """How many samples lie among the real images, and the other way round (Kynkäänniemi et al. 1904.06991), k = 3.
 
     Args:
         real: features [N, F]; ADM takes 10,000.
-        drawn: features [N', F]; ADM takes 50,000.
+        sampled: features [N', F]; ADM takes 50,000.
         half: distances in float16 unless one of a block of 10,000 × 10,000 is too large for it, as in ADM's suite.
 
     Raises:
-        InputError: not more than three images on a side.
+        InputError: one side has three images or fewer.
     """
-    if min(len(real), len(drawn)) <= NEIGHBOURS:
+    if min(len(real), len(sampled)) <= NEIGHBOURS:
         raise InputError(
             f"precision and recall need at least {NEIGHBOURS + 1} images on each side; "
-            f"there are {len(real)} real and {len(drawn)} drawn"
+            f"there are {len(real)} real and {len(sampled)} sampled"
         )
-    return PrecisionRecall(covered(drawn, real, half), covered(real, drawn, half))
+    return PrecisionRecall(covered(sampled, real, half), covered(real, sampled, half))
 
 
 def retrieval_ranks(sampled: Tensor, true: Tensor) -> Tensor:
-    """For each sample, how many true images are nearer to it than its own: 0 is found at once, chance is N/2.
+    """For each sample, how many true images are nearer to it than its own: 0 is a perfect match, chance is N/2.
 
     Args:
-        sampled: features [N, F] of what was sampled from N captions.
+        sampled: features [N, F] of samples from N captions.
         true: features [N, F] of the images that have these captions. Near means a small angle.
 
     Returns: [N] in 0 … N − 1.

@@ -1,9 +1,9 @@
 """Text-to-image benchmarks: their prompts, images laid out as their scorers read them, and the scores they wrote.
 
-GenEval (arXiv 2310.11513), DPG-Bench (2403.05135) and GenEval 2 (2512.16853) are scored by large detectors and question
-answerers of their own; the layouts here are those of the scoring scripts that came with them. Everything for one
-checkpoint and one file of prompts is in one folder: `source.json` says what was drawn from what, `images/` is what the
-scorer reads. Dimension letters: n images of a prompt, H × W pixels.
+GenEval (arXiv 2310.11513), DPG-Bench (2403.05135) and GenEval 2 (2512.16853) are scored by large detectors or question
+answering models of their own; the layouts here are those that their scoring scripts expect. Everything for one
+checkpoint and one file of prompts is in one folder: `source.json` records how the images were sampled, `images/` is
+what the scorer reads. Dimension letters: n images of a prompt, H × W pixels.
 """
 
 import hashlib
@@ -37,8 +37,8 @@ PUBLISHED: dict[Benchmark, dict[str, float]] = {  # PixNerd-XXL/16 of arXiv 2507
     "dpg": {"overall": 80.9},
     "geneval2": {},
 }
-BLANK = 1.0  # of 255 levels: the pixels of a picture that shows anything deviate more than this from their mean
-STRIDE = 1000  # image i of prompt p starts at noise STRIDE·p + i, however many images the prompts have
+BLANK = 1.0  # of 255 levels: a picture whose pixels deviate no more than this from their mean shows nothing
+STRIDE = 1000  # image i of prompt p starts at noise STRIDE·p + i, regardless of the number of images per prompt
 
 
 @dataclass(frozen=True)
@@ -46,60 +46,60 @@ class Prompt:
     """One line, or one file, of a benchmark."""
 
     name: str
-    """of its folder or picture: the place in the file, "00000" …, or DPG's id"""
+    """name of its folder or picture: the index in the file, "00000" …, or DPG's id"""
     text: str
     about: dict[str, Any]
-    """the line's whole object; nothing for DPG"""
+    """the complete JSON object of the line; empty for DPG"""
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a benchmark asks for, in its own order."""
+    """A benchmark's prompts, in its own order."""
 
     benchmark: Benchmark
     path: Path
     digest: str
-    """first 12 digits of the file's sha256; of a folder: of what `LC_ALL=C sha256sum *.txt` prints there"""
+    """first 12 digits of the file's sha256; for a folder, of the output of `LC_ALL=C sha256sum *.txt` in it"""
     entries: list[Prompt]
 
     @property
     def wording(self) -> str:
-        """Whether GenEval's prompts are the original ones, which all begin alike; the others do not show it."""
+        """Whether GenEval's prompts are the original ones, which all begin alike; other benchmarks do not tell."""
         if self.benchmark != "geneval":
             return "as in the file"
         return "original" if all(entry.text.startswith("a photo of ") for entry in self.entries) else "not the original"
 
     @property
     def completeness(self) -> str:
-        """How many prompts there are, and how many the benchmark has."""
+        """How many of the benchmark's prompts there are."""
         return f"{len(self.entries):,} of {PROMPT_COUNTS[self.benchmark]:,}"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A file to draw."""
+    """An image file to sample."""
 
     path: str
-    """below `images/`"""
+    """relative to `images/`"""
     place: int
-    """of its prompt"""
+    """index of its prompt"""
     numbers: range
-    """which of the prompt's images are in it: one, or the four of DPG's grid, row by row"""
+    """which of the prompt's images it contains: one, or the four of DPG's grid, row by row"""
 
     @property
     def noise(self) -> list[int]:
-        """For each image the index that decides its noise: it depends on the prompt's place and the number alone."""
+        """For each image the index that decides its noise; it depends only on the prompt and the image's number."""
         return [STRIDE * self.place + number for number in self.numbers]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a scorer found."""
+    """A scorer's results."""
 
     values: dict[str, float]
-    """by name, the ones that papers quote first; GenEval's in 0 … 1, the others in 0 … 100"""
+    """by name, starting with those that papers quote; GenEval's in 0 … 1, the others in 0 … 100"""
     images: int | None
-    """images that it looked at; None where its output does not say"""
+    """number of images that were scored; None if the output does not say"""
 
 
 # --- prompts -------------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def read_prompts(benchmark: Benchmark, path: str | Path) -> Prompts:
         path: the file or folder.
 
     Raises:
-        InputError: nothing there, or a line or file that is not a prompt.
+        InputError: the path does not exist, or a line or file is not a prompt.
     """
     if benchmark not in get_args(Benchmark):
         raise InputError(f"benchmark {benchmark!r} is unknown; known ones: {', '.join(get_args(Benchmark))}")
@@ -125,8 +125,8 @@ def read_prompts(benchmark: Benchmark, path: str | Path) -> Prompts:
         content = _content(path)
         keys = {"geneval": ("tag", "include", "prompt"), "geneval2": ("prompt",)}[benchmark]
         entries = [
-            Prompt(f"{place:05}", _text(row["prompt"], f"{path}, line {place + 1}"), row)
-            for place, row in enumerate(_rows(path, content, keys))
+            Prompt(f"{index:05}", _text(row["prompt"], f"{path}, line {index + 1}"), row)
+            for index, row in enumerate(_rows(path, content, keys))
         ]
         digest = hashlib.sha256(content).hexdigest()
     if not entries:
@@ -145,7 +145,7 @@ def _read_folder(path: Path) -> tuple[list[Prompt], str]:
     files = sorted(file for file in path.glob("*.txt") if not file.name.startswith("."))
     entries, listing = [], hashlib.sha256()
     for file in files:
-        if "." in file.stem:  # the scorer takes what stands before a picture's first dot for its id
+        if "." in file.stem:  # to the scorer, an id ends at the first dot
             raise InputError(f"{file} has a dot in its id; DPG's ids have none")
         content = _content(file)
         listing.update(f"{hashlib.sha256(content).hexdigest()}  {file.name}\n".encode())
@@ -196,7 +196,7 @@ def pictures(prompts: Prompts, each: int) -> list[Picture]:
     """The files that the scorer expects, with `each` images for every prompt.
 
     Raises:
-        InputError: GenEval 2 with other than one, DPG with other than four, GenEval with none or 1,000 and more.
+        InputError: `each` is not one for GenEval 2, four for DPG, or 1 … 999 for GenEval.
     """
     allowed = {"geneval": range(1, STRIDE), "dpg": range(4, 5), "geneval2": range(1, 2)}[prompts.benchmark]
     if each not in allowed:
@@ -213,19 +213,19 @@ def pictures(prompts: Prompts, each: int) -> list[Picture]:
 
 
 def begin(out: Path, prompts: Prompts, each: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Write all that is not a picture: `source.json`, GenEval's `metadata.jsonl`, GenEval 2's `paths.json`.
+    """Write everything except the pictures: `source.json`, GenEval's `metadata.jsonl`, GenEval 2's `paths.json`.
 
     Args:
-        out: the folder; what is there already is taken up again.
+        out: the folder; an interrupted one is resumed.
         prompts: see `read_prompts`.
-        each: images of a prompt.
-        settings: whatever else decides the images: weights, sampling, seed.
+        each: images per prompt.
+        settings: everything else that determines the images: weights, sampling, seed.
 
     Returns:
-        what `source.json` says.
+        the contents of `source.json`.
 
     Raises:
-        InputError: the folder holds images of something else.
+        InputError: the folder holds other images.
     """
     wanted = pictures(prompts, each)
     source = {"benchmark": prompts.benchmark, "prompts": prompts.path.name, "sha256": prompts.digest}
@@ -250,23 +250,23 @@ def begin(out: Path, prompts: Prompts, each: int, settings: dict[str, Any]) -> d
 
 
 def _paths(out: Path, prompts: Prompts) -> dict[str, str]:
-    """GenEval 2's map: prompt → its picture, from wherever the scorer is started."""
+    """GenEval 2's map: prompt → absolute path of its picture."""
     return {entry.about["prompt"]: str((out / "images" / f"{entry.name}.png").resolve()) for entry in prompts.entries}
 
 
 def draw(
     out: Path, wanted: Sequence[Picture], sample: Callable[[list[int], list[int]], Tensor], batch_size: int
 ) -> Iterator[int]:
-    """Draw the pictures that are not there yet, batch by batch; yields how many are done.
+    """Sample the pictures that do not exist yet, batch by batch; yields how many are done.
 
-    The batches are the same after every interruption, so what is drawn is the same to the last bit; a picture appears
-    under its name when it is complete.
+    The batches are the same after every interruption, so the samples are the same to the last bit; a picture gets its
+    final name only when it is complete.
 
     Args:
         out: the folder.
         wanted: see `pictures`.
-        sample: places of B prompts, and the B indices of the noise → images [B, C, H, W] in [−1, 1].
-        batch_size: images drawn together, at most; a grid's are not torn apart.
+        sample: indices of B prompts, and B indices of noise → images [B, C, H, W] in [−1, 1].
+        batch_size: maximum number of images sampled together; the images of a grid stay together.
 
     Raises:
         InputError: at the call: a batch size below 1.
@@ -284,11 +284,11 @@ def _draw(
     for batch in batches:
         missing = {picture for picture in batch if not (images / picture.path).is_file()}
         if missing:
-            drawn = sample(
+            sampled = sample(
                 [picture.place for picture in batch for _ in picture.numbers],
                 [index for picture in batch for index in picture.noise],
             )
-            pixels = to_uint8(drawn).expand(-1, 3, -1, -1).cpu()
+            pixels = to_uint8(sampled).expand(-1, 3, -1, -1).cpu()
             for picture, own in zip(batch, pixels.split(len(batch[0].numbers)), strict=True):
                 if picture in missing:
                     _write(images / picture.path, own)
@@ -297,7 +297,7 @@ def _draw(
 
 
 def _write(path: Path, images: Tensor) -> None:
-    """A PNG of one image, or of four in a square, uint8 [n, 3, H, W]."""
+    """Write images uint8 [n, 3, H, W] as a PNG: a single image, or four in a square."""
     grid = make_grid(images, nrow=math.isqrt(len(images)), padding=0)  # [3, rows·H, columns·W]
     with replacing(path) as partial:
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(partial, "PNG")
@@ -307,7 +307,7 @@ def load_picture(out: Path, picture: Picture) -> Tensor:
     """The images of a picture, uint8 [n, 3, H, W].
 
     Raises:
-        InputError: it is missing, damaged, or a grid that cannot be cut.
+        InputError: it is missing or damaged, or a grid whose sides do not divide evenly.
     """
     path = out / "images" / picture.path
     try:
@@ -320,18 +320,18 @@ def load_picture(out: Path, picture: Picture) -> Tensor:
     side = math.isqrt(len(picture.numbers))
     height, width = pixels.shape[1:]
     if height % side or width % side:
-        raise InputError(f"{picture.path} has {height} × {width} pixels, no grid of {len(picture.numbers)} images")
+        raise InputError(f"{picture.path} has {height} × {width} pixels, not a grid of {len(picture.numbers)} images")
     tiles = pixels.reshape(3, side, height // side, side, width // side)  # [3, rows, H, columns, W]
     return tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)
 
 
 def check_images(out: Path, prompts: Prompts, each: int, size: tuple[int, int]) -> None:
-    """Make sure that the scorer will read what was asked for: every picture, of this size, none blank, none too many.
+    """Make sure that the scorer will read the right pictures: all of them, of this size, none blank, no extra ones.
 
     Args: see `begin`; size: (H, W) of an image.
 
     Raises:
-        InputError: how many things are wrong, and the first three.
+        InputError: the first three faults, and how many more there are.
     """
     images, wanted = out / "images", pictures(prompts, each)
     faults = []
@@ -344,7 +344,7 @@ def check_images(out: Path, prompts: Prompts, each: int, size: tuple[int, int]) 
         if tuple(found.shape[2:]) != tuple(size):
             pixels = " × ".join(map(str, found.shape[2:]))
             faults.append(f"{picture.path} has images of {pixels} pixels, not {size[0]} × {size[1]}")
-        contrast = found.double().flatten(2).std(2, correction=0).amax(1)  # [n], of the channel that has most
+        contrast = found.double().flatten(2).std(2, correction=0).amax(1)  # [n], of the channel with most
         blank = (contrast <= BLANK).nonzero().flatten().tolist()
         faults += [f"{picture.path} is blank" + f" (image {i})" * (len(contrast) > 1) for i in blank]
     expected = {picture.path for picture in wanted}
@@ -362,7 +362,7 @@ def check_images(out: Path, prompts: Prompts, each: int, size: tuple[int, int]) 
 
 
 def _json(path: Path) -> Any:
-    """What a JSON file says; None where it cannot be read."""
+    """The contents of a JSON file; None if it cannot be read."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -373,13 +373,13 @@ def _json(path: Path) -> Any:
 
 
 def scoring_commands(out: Path, prompts: Prompts, side: int) -> list[str]:
-    """What to type in a clone of the benchmark's own code; `side`: pixels of an image. They write into `out`."""
+    """Commands to run in a clone of the benchmark's own code; they write to `out`. `side`: pixels of an image."""
     images, results = out.resolve() / "images", results_path(out, prompts.benchmark).resolve()
     if prompts.benchmark == "geneval":
         return [
             shlex.join(["python", "evaluation/evaluate_images.py", str(images), "--outfile", str(results)])
             + " --model-path DETECTOR",
-            # it reads a list of objects from the folder where it is started
+            # it reads a list of objects from the current folder
             f"(cd evaluation && {shlex.join(['python', 'summary_scores.py', str(results)])})",
         ]
     if prompts.benchmark == "dpg":
@@ -394,21 +394,21 @@ def scoring_commands(out: Path, prompts: Prompts, side: int) -> list[str]:
 
 
 def results_path(out: Path, benchmark: Benchmark) -> Path:
-    """Where `scoring_commands` lets the scorer write."""
+    """The file to which the scorer writes, see `scoring_commands`."""
     return out / {"geneval": "results.jsonl", "dpg": "results.txt", "geneval2": "score_lists.json"}[benchmark]
 
 
 def read_results(path: str | Path, prompts: Prompts, each: int) -> Scores:
-    """The scores in what a scorer wrote about the images of these prompts, `each` of every prompt.
+    """The scores in a scorer's output for the images of these prompts, `each` per prompt.
 
     - geneval: the lines of `evaluate_images.py`; a tag's score is the share of its images that are correct, the overall
-      one the mean over the tags.
+      score the mean over the tags.
     - dpg: the text of `compute_dpg_bench.py`; its last overall score, and those of its five broad categories.
     - geneval2: the lists of `evaluation.py`, the probability of each right answer; their geometric (GM) and arithmetic
       (AM) mean over a prompt's questions, averaged over prompts, and the mean over all questions of a skill.
 
     Raises:
-        InputError: missing or not such a file, or of other images than these.
+        InputError: the file is missing, has another format, or is about other images.
     """
     read = {"geneval": _geneval_scores, "dpg": _dpg_scores, "geneval2": _geneval2_scores}[prompts.benchmark]
     return read(Path(path), _content(Path(path)), prompts, each)
@@ -447,7 +447,7 @@ def _dpg_scores(path: Path, content: bytes, prompts: Prompts, each: int) -> Scor
         lacking = [entry.name for entry in prompts.entries if entry.name not in scored]
         strange = sorted(scored - {entry.name for entry in prompts.entries})
         if strange:
-            raise InputError(f"{path} is about other images: {strange[0]}.png is none of these prompts'")
+            raise InputError(f"{path} is about other images: {strange[0]}.png belongs to none of these prompts")
         if lacking:
             of = f"{len(lacking)} of {len(prompts.entries)} pictures"
             warnings.warn(f"{path} leaves out {of}, the first: {lacking[0]}.png; its score does too", stacklevel=3)
@@ -465,10 +465,10 @@ def _geneval2_scores(path: Path, content: bytes, prompts: Prompts, each: int) ->
         raise InputError(f"{path} has {count} lists of scores; there are {len(prompts.entries)} prompts")
     skills: dict[str, list[float]] = {}
     for scores, entry in zip(lists, prompts.entries, strict=True):
-        asked = entry.about.get("skills", scores)  # a list of prompts without the skills still has a mean
+        asked = entry.about.get("skills", scores)  # prompts without skills still have a mean
         plain = isinstance(scores, list) and all(isinstance(x, (int, float)) and 0 <= x < math.inf for x in scores)
         if not plain or not scores or len(scores) != len(asked):
-            raise InputError(f"{path}: the scores of {entry.text!r} are {scores}; a number from 0 on for each question")
+            raise InputError(f"{path}: the scores of {entry.text!r} are {scores}; it needs one number ≥ 0 per question")
         for skill, score in zip(asked if "skills" in entry.about else (), scores, strict=False):
             skills.setdefault(skill, []).append(score)
     arithmetic = fmean(fmean(scores) for scores in lists)

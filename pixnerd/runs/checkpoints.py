@@ -1,6 +1,6 @@
 """Weights on disk: a model in one file, and a training run's checkpoints.
 
-Nothing is ever unpickled: the files are safetensors and JSON.
+Nothing is ever unpickled: all files are safetensors or JSON.
 """
 
 import json
@@ -14,14 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..distributed import World, is_sharded, whole_tensor
+from ..distributed import World, full_tensor, is_sharded
 from ..errors import InputError
 from ..files import read_json, readable, sync, write_atomically
 from ..model import PatchDenoiser
 from ..model_config import model_config
 from ..text import build_network
 
-SHARDS = "shards"  # the folder, in a sharded run's checkpoint, where every process has written its part
+SHARDS = "shards"  # the folder in a sharded run's checkpoint to which every process writes its part
 LATEST = "latest"  # a text file beside the checkpoints that names the newest complete one
 
 
@@ -29,12 +29,12 @@ LATEST = "latest"  # a text file beside the checkpoints that names the newest co
 
 
 def save_model(model: PatchDenoiser, path: Path) -> None:
-    """Write the weights, with the configuration in the file's metadata, so that the file alone rebuilds the model."""
+    """Write the weights, with the configuration as metadata, so that the file alone suffices to rebuild the model."""
     save_file(model.state_dict(), path, _about(model))
 
 
 def _about(model: nn.Module) -> dict[str, str]:
-    """The metadata that `load_model` rebuilds a network from; a projector has none."""
+    """The metadata from which `load_model` rebuilds a network; a projector has none."""
     return {"pixnerd": json.dumps(model.about())} if isinstance(model, PatchDenoiser) else {}
 
 
@@ -42,13 +42,13 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> PatchDenoiser:
     """Rebuild a model that `save_model` wrote, in evaluation mode.
 
     Raises:
-        InputError: the file is missing, truncated, or not one of ours.
+        InputError: the file is missing, truncated or not written by `save_model`.
     """
     with readable(path), safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
     if "pixnerd" not in metadata:
         raise InputError(f"{path} holds no PixNerd configuration; `pixnerd.load_released` reads the released weights")
-    with torch.device("meta"):  # nothing is allocated twice
+    with torch.device("meta"):  # so that no weight is allocated twice
         about = json.loads(metadata["pixnerd"])
         model = build_network(model_config(about["config"]), about.get("num_classes"))
     with readable(path):
@@ -67,15 +67,15 @@ def save_checkpoint(
     keep: int,
     world: World,
 ) -> Path:
-    """Write `folder`/step-N, then name it in `latest` and drop all but the newest `keep`. Every process calls it.
+    """Write `folder`/step-N, name it in `latest`, then drop all but the newest `keep`. Every process has to call it.
 
-    The checkpoint is written beside its place and renamed when complete: a reader never sees half of one. The leading
-    process writes everything; of a sharded model, every process writes its own part, and the moving averages are
-    written whole beside them, so that sampling need not know how the model was trained.
+    The checkpoint is written under a temporary name and renamed when complete, so a reader never sees half of one. The
+    leading process writes everything; for a sharded model, every process writes its own part, and the moving averages
+    are written unsharded beside them, so that sampling need not know how the model was trained.
 
     Args:
-        models: file name → model: "model", which `optimizer` trains, its moving averages "ema", …, and, where features
-            are aligned, the "projector", which is trained with it.
+        models: file name → model: "model", which `optimizer` trains, its moving averages "ema", …, and, if features are
+            aligned, the "projector" trained along with it.
     """
     target = folder / f"step-{step}"
     partial = folder / f".partial-step-{step}"
@@ -88,27 +88,27 @@ def save_checkpoint(
 
         writer = dcp.HuggingFaceStorageWriter(str(partial / SHARDS), save_distributed=True)
         dcp.save(_training_tensors(models, optimizer), storage_writer=writer)
-        whole = {name: _whole(model, world) for name, model in models.items() if name != "model"}
+        full = {name: _gathered(model, world) for name, model in models.items() if name != "model"}
     else:
-        whole = {name: model.state_dict() for name, model in models.items()}
+        full = {name: model.state_dict() for name, model in models.items()}
         if world.leads:
             save_file(_optimizer_tensors(models, optimizer), partial / "optimizer.safetensors")
     world.wait()
     if not world.leads:
         return target
-    for name, weights in whole.items():
+    for name, weights in full.items():
         save_file(weights, partial / f"{name}.safetensors", _about(models[name]))
     shards = len(list((partial / SHARDS).glob("*.safetensors")))
     (partial / "state.json").write_text(json.dumps({"step": step, "shards": shards}))
     for path in partial.rglob("*"):
         sync(path)
-    if target.exists():  # a damaged one that a resumed run has reached again
+    if target.exists():  # a damaged checkpoint of a step that a resumed run has reached again
         shutil.rmtree(target)
     partial.rename(target)
     sync(folder)
     write_atomically(folder / LATEST, target.name + "\n")
     for _, old in _numbered(folder)[:-keep]:
-        retired = old.with_name(f".retired-{old.name}")  # out of sight first: no reader meets it half removed
+        retired = old.with_name(f".retired-{old.name}")  # hidden first, so that no reader finds it half removed
         old.rename(retired)
     for retired in folder.glob(".retired-*"):
         shutil.rmtree(retired)
@@ -116,7 +116,7 @@ def save_checkpoint(
 
 
 def load_training_state(checkpoint: Path, models: dict[str, PatchDenoiser], optimizer: torch.optim.Optimizer) -> int:
-    """Fill models and optimiser, whole or sharded, from a checkpoint folder, whole or sharded; returns its step."""
+    """Fill models and optimiser, sharded or not, from a checkpoint folder, sharded or not; returns its step."""
     for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
         zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
@@ -125,7 +125,7 @@ def load_training_state(checkpoint: Path, models: dict[str, PatchDenoiser], opti
         import torch.distributed.checkpoint as dcp
 
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may read what many wrote
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may read all shards
             dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint / SHARDS)))
     else:
         for file in (*models, "optimizer"):
@@ -135,7 +135,7 @@ def load_training_state(checkpoint: Path, models: dict[str, PatchDenoiser], opti
 
 
 def _training_tensors(models: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The whole state of training: "file:name" → tensor, the live ones."""
+    """The complete training state: "file:name" → tensor; the live tensors, not copies."""
     weights = {f"{file}:{name}": w for file, model in models.items() for name, w in model.state_dict().items()}
     state = _optimizer_tensors(models, optimizer)
     return weights | {f"optimizer:{name}": tensor for name, tensor in state.items()}
@@ -144,30 +144,30 @@ def _training_tensors(models: dict[str, nn.Module], optimizer: torch.optim.Optim
 @torch.no_grad()
 def _fill(live: Tensor, saved: Tensor) -> None:
     saved = saved.to(live.device)
-    if hasattr(live, "full_tensor"):  # a DTensor, of which this process has a part
+    if hasattr(live, "full_tensor"):  # a DTensor, of which this process holds a part
         from torch.distributed.tensor import distribute_tensor
 
         saved = distribute_tensor(saved, live.device_mesh, live.placements)
     live.copy_(saved)
 
 
-def _whole(model: nn.Module, world: World) -> dict[str, Tensor]:
-    """A sharded model's weights, gathered one after the other, on the CPU of the leading process."""
+def _gathered(model: nn.Module, world: World) -> dict[str, Tensor]:
+    """A sharded model's full weights, gathered one by one on the CPU of the leading process."""
     weights = {}
     for name, tensor in model.state_dict().items():
-        gathered = whole_tensor(tensor)
+        gathered = full_tensor(tensor)
         if world.leads:
             weights[name] = gathered.cpu()
     return weights
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`, None when there is none.
+    """The newest complete checkpoint in `folder`; None if there is none.
 
-    A damaged one is named in a warning and the one before it is used.
+    A damaged checkpoint is skipped with a warning, and the one before it is used.
 
     Raises:
-        InputError: there are checkpoints and every one is damaged.
+        InputError: there are checkpoints, but all of them are damaged.
     """
     damaged = []
     for _, checkpoint in reversed(_numbered(folder)):
@@ -194,13 +194,13 @@ def load(path: str | Path, *, weights: str = "ema", device: torch.device | str =
     """A trained model in evaluation mode.
 
     Args:
-        path: a run's folder (its newest readable checkpoint is taken), a checkpoint's folder, or a .safetensors file.
-        weights: which of a checkpoint's files: "ema", the moving average; "ema-0.999", an extra one of this decay;
-            "model", the weights as the optimiser left them, which a sharded run does not write whole.
+        path: a run's folder (its newest readable checkpoint is used), a checkpoint's folder, or a .safetensors file.
+        weights: which file of a checkpoint: "ema", the moving average; "ema-0.999", an extra one with this decay;
+            "model", the weights as the optimiser left them, which a sharded run does not write in one file.
         device: where the model goes.
 
     Raises:
-        InputError: nothing there, or what is there cannot be read.
+        InputError: there is nothing to load, or it cannot be read.
     """
     path = Path(path)
     if path.is_file():

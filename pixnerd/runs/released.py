@@ -1,6 +1,6 @@
-"""The authors' released weights: the layout of their checkpoints, and a model of ours from such a file.
+"""The authors' released weights: the layout of their checkpoints, and how to load them into our model.
 
-Nothing is ever unpickled: foreign files are read with `weights_only=True`.
+Foreign files are read with `weights_only=True`, which unpickles tensors and nothing else.
 """
 
 import math
@@ -16,7 +16,7 @@ from ..model import PatchDenoiser
 from ..model_config import ModelConfig, TextModelConfig
 from ..text import build_network
 
-RELEASED_NAMES = {  # released module → ours, class- and text-conditional; blocks are renamed apart
+RELEASED_NAMES = {  # released module → ours, class- and text-conditional; blocks are renamed separately
     "s_embedder.proj": "patch_embed",
     "t_embedder.mlp": "time_embed.mlp",
     "y_embedder.embedding_table": "label_embed",
@@ -46,13 +46,13 @@ RELEASED_FIELD_NAMES = {"param_generator1.0": "generator", "norm": "norm"}
 def load_released(source: str | Path, filename: str | None = None, device: torch.device | str = "cpu") -> PatchDenoiser:
     """A model with weights of the released PixNerd code, class- or text-conditional, in evaluation mode.
 
-    The EMA weights are taken when the file has them. Every size is read off the tensors' shapes, since such a file
-    stores nothing about the model. The file is mapped into memory, not read: on a CPU the weights are the file's own
-    pages, so the file has to stay where it is.
+    The EMA weights are used if the file has them. All sizes are inferred from the tensors' shapes, since the file
+    stores no configuration. The file is mapped into memory, not read: on a CPU the weights are the file's own pages,
+    so the file has to stay in place.
 
     Args:
         source: a checkpoint file, or the id of a repository on the Hugging Face hub ("MCG-NJU/PixNerd-XL-P16-C2I").
-        filename: which checkpoint of the repository, where it has several.
+        filename: which checkpoint of the repository, if it has several.
         device: where the model goes.
 
     Raises:
@@ -69,7 +69,7 @@ def load_released(source: str | Path, filename: str | None = None, device: torch
         raise InputError(f"{path} does not hold PixNerd's weights: {error.args[0]} is missing") from error
     blocks = model.config.blocks
     gate_values = _join_gate_values(_rename_released(released, blocks), blocks)
-    del released  # with the last tensor the mapping goes, and the memory of what was read only to be copied
+    del released  # drops the mapping, and with it the memory of pages that were read only to be copied
     weights = _rename_released(_map_released(path), blocks)
     for name in gate_values:
         for part in ("gate", "value"):
@@ -109,7 +109,7 @@ def _download(repository: str, filename: str | None) -> Path:
 
 
 def _map_released(path: Path) -> dict[str, Tensor]:
-    """The denoiser's weights in the file, mapped: nothing is read before somebody looks at it."""
+    """The denoiser's weights in the file, memory-mapped: nothing is read before it is used."""
     with readable(path):
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(contents, dict) or not isinstance(contents.get("state_dict"), dict):
@@ -126,7 +126,7 @@ def _denoiser_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _empty_model(released: dict[str, Tensor]) -> PatchDenoiser:
-    """The model that the weights are of, all sizes inferred from shapes. Raises KeyError naming what is missing."""
+    """The model that fits the weights, with sizes inferred from shapes. Raises KeyError naming what is missing."""
 
     def rows(name: str) -> int:
         return len(released[name])
@@ -148,7 +148,7 @@ def _empty_model(released: dict[str, Tensor]) -> PatchDenoiser:
         "field_blocks": len(generators),
         "field_ratio": rows(f"blocks.{first}.param_generator1.0.weight") // (2 * field_width**2),
     }
-    # the size it was trained at is not stored: 256 pixels for the class model, 512 for text, both in patches of 16
+    # the training size is not stored: 256 pixels for the class model, 512 for text, both with patches of 16
     if "y_pos_embedding" not in released:
         classes = rows("y_embedder.embedding_table.weight") - 1
         return build_network(ModelConfig(**sizes, image_size=16 * patch_size), classes)
@@ -188,7 +188,7 @@ def _rename_released(released: dict[str, Tensor], blocks: int) -> dict[str, Tens
 
 
 def _join_gate_values(weights: dict[str, Tensor], blocks: int) -> dict[str, Tensor]:
-    """Our SwiGLU keeps gate and value in one matrix, and so does the text layout; the class-conditional one has two."""
+    """SwiGLU's gate and value in one matrix, as in our model and the text layout; the class layout has two."""
     joined = {}
     for index in range(blocks):
         gate, value = (weights.get(f"blocks.{index}.mlp.{part}.weight") for part in ("gate", "value"))

@@ -1,6 +1,6 @@
 """A run is a folder: config.json, log.jsonl, checkpoints/, samples.png, samples.npz, metrics.json.
 
-Everything that reports on a run reads this folder; nothing else is the truth.
+Everything that reports on a run reads this folder, the only source of truth.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from ..differences import differences
 from ..errors import InputError
 from ..files import read_json, remove_partial_files, replacing, write_atomically
 
-if TYPE_CHECKING:  # most of a run is text
+if TYPE_CHECKING:  # most of a run's files need no torch
     from torch import Tensor
 
-# entries of config.json that may differ when a run goes on: where, how long, how often, on what
+# entries of config.json that may change when a run is resumed: where, how long, how often, on which hardware
 CHANGEABLE = {"out", "steps", "log_every", "checkpoint_every", "keep_checkpoints"} | {
     "accumulate",
     "compile",
@@ -37,10 +37,10 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
 
     def begin(self, config: TrainConfig) -> None:
-        """Make the folder for `config`, or go on with the run that it holds.
+        """Create the folder for `config`, or resume the run in it.
 
         Raises:
-            InputError: the folder holds something else, or a run that was configured differently.
+            InputError: the folder holds something else, or a run with a different configuration.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder} is a file; the output has to be a folder")
@@ -50,17 +50,17 @@ class Run:
                 different = [f"{d.name} {json.dumps(d.old)} there, {json.dumps(d.new)} asked for" for d in found]
                 raise InputError(
                     f"{self.folder} already holds another run ({'; '.join(different)}): "
-                    "choose another output folder, or the same settings to go on with it"
+                    "choose another output folder, or resume it with the same settings"
                 )
         elif self.folder.exists() and any(path.suffix != ".ipynb" for path in self.folder.iterdir()):
-            # papermill writes the executing notebook there before the run begins
+            # papermill writes the running notebook there before the run begins
             raise InputError(f"{self.folder} is not empty and holds no run: choose another output folder")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         remove_partial_files(self.folder)
         write_atomically(self.config_path, json.dumps(config.to_dict(), indent=2) + "\n")
 
     def config(self) -> TrainConfig:
-        """What config.json says. Raises InputError when there is no run here, or its configuration cannot be read."""
+        """The contents of config.json. Raises InputError if there is no run here or the file cannot be read."""
         if not self.config_path.is_file():
             raise InputError(f"{self.folder} holds no run: {self.config_path.name} is missing there")
         return TrainConfig.from_dict(read_json(self.config_path, "a run's configuration"))
@@ -71,7 +71,7 @@ class Run:
             file.write(json.dumps(entry) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The objects of log.jsonl, oldest first; a last line that a crash cut off is left out."""
+        """The objects in log.jsonl, oldest first, without a last line that a crash cut off."""
         if not self.log_path.exists():
             return []
         entries = []
@@ -83,7 +83,7 @@ class Run:
         return entries
 
     def cut_log(self, step: int) -> None:
-        """Drop what was logged after `step`: a run that resumes there logs it again."""
+        """Drop everything logged after `step`: a run that resumes there logs it again."""
         kept = [json.dumps(entry) + "\n" for entry in self.read_log() if entry["step"] <= step]
         write_atomically(self.log_path, "".join(kept))
 
@@ -107,7 +107,7 @@ class Run:
             Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
 
     def load_samples(self) -> tuple[Tensor, Tensor]:
-        """(uint8 [B, 3, H, W], labels [B]) from samples.npz. Raises InputError when there is none."""
+        """(uint8 [B, 3, H, W], labels [B]) from samples.npz. Raises InputError if it does not exist."""
         import numpy as np
         import torch
 
@@ -118,20 +118,20 @@ class Run:
             return torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(file["labels"])
 
     def metrics(self) -> dict[str, Any]:
-        """What metrics.json says so far. Raises InputError when it is damaged."""
+        """The contents of metrics.json so far. Raises InputError if it is damaged."""
         path = self.folder / "metrics.json"
         return read_json(path, "a run's metrics") if path.is_file() else {}
 
     def save_metrics(self, metrics: dict[str, Any]) -> None:
-        """Put these entries into metrics.json, beside what it has."""
+        """Add these entries to metrics.json."""
         write_atomically(self.folder / "metrics.json", json.dumps(self.metrics() | metrics, indent=2) + "\n")
 
     def evaluation(self, settings: dict[str, Any]) -> dict[str, float] | None:
-        """The scores in metrics.json that were measured with just these settings; None when there are none."""
+        """The scores in metrics.json measured with exactly these settings; None if there are none."""
         rows = self.metrics().get("evaluations", [])
         return next((row["scores"] for row in rows if not differences(row["settings"], settings)), None)
 
     def save_evaluation(self, settings: dict[str, Any], scores: dict[str, float]) -> None:
-        """Put a row into the list `evaluations` of metrics.json: how it was measured, and what came out."""
+        """Add a row to the list `evaluations` in metrics.json, or replace the one with the same settings."""
         rows = [row for row in self.metrics().get("evaluations", []) if differences(row["settings"], settings)]
         self.save_metrics({"evaluations": [*rows, {"settings": settings, "scores": scores}]})

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..cost import forward_flops, matmul_rate
-from ..distributed import World, whole_tensor
+from ..distributed import World, full_tensor
 from ..runs import Run
 from ..text import build_network
 
@@ -32,7 +32,7 @@ class LossWindow:
     def add_step(self, loss: Tensor, norm: Tensor, t: Tensor) -> None:
         """Add the loss of a step over all processes, its gradient norm, and this process's times [B]."""
         self.losses.append(loss)
-        self.norms.append(whole_tensor(norm))
+        self.norms.append(full_tensor(norm))
         self.times.append(t)
 
     def first_bad(self) -> int | None:

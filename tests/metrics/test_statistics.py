@@ -111,13 +111,13 @@ def test_inception_score_of_sure_and_even_classes_is_their_number_in_any_order(m
 @pytest.mark.parametrize("block", [7, 1000])
 def test_precision_and_recall_are_torch_fidelitys(monkeypatch, block):
     monkeypatch.setattr(statistics, "BLOCK", block)
-    real, drawn = random(60, 4), 0.4 + 1.2 * random(50, 4, seed=1)
-    theirs = metric_prc.calculate_precision_recall_full(drawn, real)
-    assert precision_recall(real, drawn, half=False) == pytest.approx(theirs, abs=1e-6)
+    real, sampled = random(60, 4), 0.4 + 1.2 * random(50, 4, seed=1)
+    theirs = metric_prc.calculate_precision_recall_full(sampled, real)
+    assert precision_recall(real, sampled, half=False) == pytest.approx(theirs, abs=1e-6)
     assert 0.2 < theirs[0] < 0.95  # neither side of the comparison is trivial
     assert theirs[0] != theirs[1]
     assert precision_recall(real, real, half=False) == (1, 1)
-    assert precision_recall(real, 100 + drawn) == (0, 0)
+    assert precision_recall(real, 100 + sampled) == (0, 0)
 
 
 def test_distances_are_halved_in_precision_only_where_they_stay_finite():
@@ -131,7 +131,7 @@ def test_distances_are_halved_in_precision_only_where_they_stay_finite():
 
 def test_too_few_images_are_refused():
     few = random(3, 4)
-    with pytest.raises(InputError, match="at least 4 images on each side; there are 3 real and 9 drawn"):
+    with pytest.raises(InputError, match="at least 4 images on each side; there are 3 real and 9 sampled"):
         precision_recall(few, random(9, 4))
     with pytest.raises(InputError, match="2 images or more on each side; there are 1, 3"):
         kernel_distance(few[:1], few)

@@ -388,7 +388,7 @@ def test_frequency_weights_replace_the_plain_mean_square(tmp_path):
 def test_decode_sizes_have_to_fit_the_tokens():
     with pytest.raises(InputError, match="image height 25 cannot be shared by the 2 patches of base height 16"):
         config_for("unused", decode_sizes=(16, 25))
-    with pytest.raises(InputError, match="a linear head draws at its base resolution alone"):
+    with pytest.raises(InputError, match="a linear head decodes only at its base resolution"):
         config_for("unused", decode_sizes=(32,), model=dataclasses.replace(MODEL, head="linear"))
 
 
