@@ -155,7 +155,7 @@ def caption_encoder(config: TrainConfig, device: torch.device) -> TextEncoder:
     encoder = load_encoder(config.text_encoder, config.model.text_length, device)
     if encoder.features != config.model.text_features:
         raise InputError(
-            f"text encoder {config.text_encoder} gives {encoder.features} features a token; "
+            f"text encoder {config.text_encoder} gives {encoder.features} features per token; "
             f"the model reads {config.model.text_features} (model.text_features)"
         )
     return CachedEncoder(encoder, data.cache_folder() / "text") if config.cache_text else encoder

@@ -55,7 +55,7 @@ class ModelConfig:
         check_fields(self, "model.")
         if self.width % self.heads or self.width // self.heads % 4:
             raise InputError(
-                f"model.width {self.width} over {self.heads} heads gives {self.width / self.heads:g} channels a head; "
+                f"model.width {self.width} over {self.heads} heads is {self.width / self.heads:g} channels per head; "
                 "2-D rotary positions need a multiple of 4"
             )
         check_image_size(self, self.image_size, self.image_size)

@@ -1,7 +1,7 @@
-"""PixNerd as its equations read: slow, plain, nothing shared with the package but names of weights and configuration.
+"""PixNerd as its equations read: slow and plain; only weight names and the configuration come from the package.
 
-The reference for equality (in float64) and for time (`step_time.py`). Nothing is fused, cached or shared between
-patches; every tensor that an equation mentions is made.
+The reference for equality (in float64) and for speed (`step_time.py`). Nothing is fused, cached or shared between
+patches; every tensor in an equation is computed explicitly.
 """
 
 import functools
@@ -36,18 +36,18 @@ def encode_coordinate(encoding: str, row: int, column: int, height: int, width: 
     if encoding == "none":
         return []
 
-    def place(i: int, n: int, end: float) -> float:  # linspace(0, end, n)[i]
+    def position(i: int, n: int, end: float) -> float:  # linspace(0, end, n)[i]
         return end * i / (n - 1) if n > 1 else 0.0
 
     if encoding == "dct":
-        x, y = place(column, width, 1.0), place(row, height, 1.0)
+        x, y = position(column, width, 1.0), position(row, height, 1.0)
         features = []
         for i in range(8):
             for j in range(8):
                 fx, fy = 8 * i / 7, 8 * j / 7
                 features.append(math.cos(math.pi * fx * x) * math.cos(math.pi * fy * y) / (1 + fx * fy))
         return features
-    x, y = place(column, width, 16.0), place(row, height, 16.0)
+    x, y = position(column, width, 16.0), position(row, height, 16.0)
     features = []
     for k in range(32):
         omega = 10000 ** (-4 * k / 128)
@@ -67,7 +67,7 @@ def unit_columns(matrix: Tensor) -> Tensor:
 
 
 def field_of_patch(weights: Weights, config: ModelConfig, pixels: Tensor, s: Tensor, height: int, width: int) -> Tensor:
-    """One patch: noisy pixels [K, C] and its condition s [D] → [K, C], by loops over pixels and units."""
+    """One patch: noisy pixels [K, C] and condition s [D] → [K, C], with loops over pixels and units."""
     w, hidden = config.field_width, config.field_ratio * config.field_width
     matrices = []
     for block in range(config.field_blocks):
@@ -93,7 +93,7 @@ def field_of_patch(weights: Weights, config: ModelConfig, pixels: Tensor, s: Ten
     return torch.stack(decoded)
 
 
-# --- the whole network ----------------------------------------------------------------------------------------------
+# --- the full network -----------------------------------------------------------------------------------------------
 
 
 def time_vector(weights: Weights, t: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def time_vector(weights: Weights, t: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Rotary positions of x [B, H, N, E], through complex numbers."""
+    """Rotary positions of x [B, H, N, E], with complex numbers."""
     quarter = x.shape[-1] // 4
     omega = 10000.0 ** (-torch.arange(quarter, dtype=x.dtype) / quarter)
     ys = torch.linspace(0, 16, rows, dtype=x.dtype).repeat_interleave(columns)

@@ -1,4 +1,4 @@
-"""Every field of every configuration refuses what it does not declare, in one sentence; flags give a config back."""
+"""Every field of every configuration refuses invalid values in one sentence; flags and JSON restore a config."""
 
 import dataclasses
 import json
@@ -73,7 +73,7 @@ def test_every_field_refuses_values_of_another_kind(name):
         ({"model": "L/16"}, "model is 'L/16'; it has to be a ModelConfig"),
     ],
 )
-def test_a_training_setting_that_was_ignored_in_silence_is_a_sentence(changes, sentence):
+def test_training_settings_once_ignored_silently_are_refused(changes, sentence):
     with pytest.raises(InputError, match=f"^{sentence}$"):
         TrainConfig(**changes)
 
@@ -106,7 +106,7 @@ def test_ranges_hold_exactly(number, count):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_flags_and_json_give_every_recipe_back(name):
+def test_flags_and_json_restore_every_recipe(name):
     config = dataclasses.replace(RECIPES[name], sampling=SamplingConfig(steps=3, interval=None))
     size = ["--size", "text-nano/8" if isinstance(config.model, TextModelConfig) else "nano/8"]
     assert parse(["train", *size, *as_flags(config)]).config == config
@@ -121,7 +121,7 @@ def test_flags_and_json_give_every_recipe_back(name):
     st.floats(-5, 5),
     st.one_of(st.none(), st.just("a file.npz")),
 )
-def test_flags_give_an_evaluation_back(draw, solver, interval, guidance, out):
+def test_flags_restore_an_evaluation(draw, solver, interval, guidance, out):
     sampling = SamplingConfig(solver=solver, interval=interval, guidance=guidance)
     config = EvaluationConfig("no run", draw=draw, sampling=sampling, out=out)
     found = parse(["evaluate", *as_flags(config), "--seed", "0", "no run"])
@@ -132,7 +132,7 @@ def test_differences_are_named_with_both_values():
     old = TrainConfig(model=SIZES["nano/8"], betas=(0.9, 0.99))
     new = dataclasses.replace(old, model=dataclasses.replace(old.model, width=128), seed=3)
     assert differences(old, new) == [("model.width", 64, 128), ("seed", 0, 3)]
-    assert differences(old, json.loads(json.dumps(old.to_dict()))) == []  # JSON makes lists of tuples
+    assert differences(old, json.loads(json.dumps(old.to_dict()))) == []  # JSON turns tuples into lists
     assert differences({"a": {"b": [1, (2,)]}, "c": 1}, {"a": {"b": (1, [2])}, "d": 2}) == [
         ("c", 1, None),
         ("d", None, 2),

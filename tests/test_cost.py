@@ -1,4 +1,4 @@
-"""What a training costs: counted again from the sizes alone, and by hand."""
+"""What training costs, counted again from the sizes alone and by hand."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def on_meta(config, recompute="head"):
 
 
 def multiply_adds(config, size):
-    """Of one image, from the sizes: what the model's matrices and its attention multiply."""
+    """Multiply-adds for one image in the model's matrices and its attention, computed from the sizes."""
     N, K, D, C = (size // config.patch_size) ** 2, config.patch_size**2, config.width, config.channels
     W, R = config.field_width, config.field_width * config.field_ratio
     embed = N * C * K * D + 256 * D + D * D
@@ -47,19 +47,19 @@ def test_a_forward_pass_multiplies_what_its_sizes_say(size, published):
 
 
 def ticking(monkeypatch, tick):
-    """A clock that goes on by `tick` seconds at every look."""
-    looks = iter(range(1000))
-    monkeypatch.setattr("pixnerd.cost.time.perf_counter", lambda: next(looks) * tick)
+    """Make the clock advance by `tick` seconds at every reading."""
+    readings = iter(range(1000))
+    monkeypatch.setattr("pixnerd.cost.time.perf_counter", lambda: next(readings) * tick)
 
 
 def test_matmul_rate_is_the_products_arithmetic_by_its_time(monkeypatch):
-    assert 1e8 < matmul_rate(CPU, torch.float32) < 1e14  # any CPU's
+    assert 1e8 < matmul_rate(CPU, torch.float32) < 1e14  # any CPU
     monkeypatch.setitem(MATMUL_SIDE, "cpu", 64)
     ticking(monkeypatch, 0.5)
     assert matmul_rate(CPU, torch.float32) == 2 * 64**3 / 0.5
 
 
-def test_state_is_five_numbers_a_weight():
+def test_state_is_five_numbers_per_weight():
     """Weight, gradient, two moments, moving average."""
     model = on_meta(TINY)
     weights = sum(parameter.numel() for parameter in model.parameters())
@@ -69,36 +69,36 @@ def test_state_is_five_numbers_a_weight():
 
 
 def test_saved_activations_are_those_written_down_by_hand():
-    """One block and the linear head, in float32: every tensor that a derivative needs, and no other."""
+    """One block and the linear head, in float32: exactly the tensors that derivatives need."""
     config = replace(TINY, blocks=1, head="linear")
     N, K, D, H = 16, 16, 24, config.heads
     hidden = int(8 * D / 3)
     conditions = [
-        256,  # the time's features
+        256,  # features of the time
         D,  # before and
-        D,  # after the SiLU between the time's two matrices
+        D,  # after the SiLU between the time embedding's two matrices
         2,  # the label, 8 bytes
         D,  # time + label, before and
         D,  # after the SiLU
-        6 * D,  # shifts, scales, gates: the gates multiply
+        6 * D,  # shifts, scales and gates, since the gates multiply
         2 * D,  # 1 + scale, twice
     ]
     attention = [
         N * D,  # x, for its norm
         N,  # its inverse mean square
-        N * D,  # the normed, that the scale multiplies
-        N * D,  # what the matrix of queries, keys and values reads
+        N * D,  # the normalised x, multiplied by the scale
+        N * D,  # the input of the matrix for queries, keys and values
         3 * N * D,  # queries and keys, for their norms, and values
         2 * N * H,  # the norms of queries and keys
-        2 * N * D,  # both, turned
-        N * D,  # what the attention gives, which the next matrix reads
-        32 * H,  # the logarithm of the sum of its exponentials, for queries in groups of 32
+        2 * N * D,  # both, rotated
+        N * D,  # the attention's output, which the next matrix reads
+        32 * H,  # log-sum-exp of the attention, for queries in groups of 32
         N * D,  # what the gate multiplies
     ]
     mlp = [
         N * D,  # x
         N,  # its inverse mean square
-        N * D,  # the normed
+        N * D,  # the normalised x
         N * D,  # modulated
         2 * N * hidden,  # gate and value
         N * hidden,  # SiLU of the gate
@@ -121,12 +121,12 @@ def test_the_more_is_recomputed_the_less_is_kept(dtype, text):
         model = TextPixNerd(TEXT_SIZES["text-nano/8"]) if text else PixNerd(SIZES["micro/8"], 10)
     none, head, everything = (saved_activation_bytes(model, 32, how, dtype) for how in ("none", "head", "all"))
     assert none > head > everything > 0
-    assert saved_activation_bytes(model, 32, dtype=dtype) == head  # the model's own
+    assert saved_activation_bytes(model, 32, dtype=dtype) == head  # the model's own setting
     assert 3 * none < saved_activation_bytes(model, 64, "none", dtype) < 4 * none  # 4 times the tokens
 
 
 def test_counting_leaves_no_trace(tiny):
-    """Neither in the model nor in the tables that it keeps, and what the weights are does not matter."""
+    """Neither in the model nor in its cached tables; and the values of the weights do not matter."""
     before = {name: weight.clone() for name, weight in tiny.state_dict().items()}
     x, t, labels = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 5])
     v = tiny(x, t, labels)
@@ -157,7 +157,7 @@ def test_a_gpu_keeps_what_was_counted(dtype):
 
 
 def test_training_rate_counts_images(monkeypatch):
-    ticking(monkeypatch, 0.5)  # a step looks twice
+    ticking(monkeypatch, 0.5)  # a step reads the clock twice
     model = PixNerd(TINY, 5)
     before = model.label_embed.weight.clone()
     assert training_rate(model, 16, images=6, dtype=torch.float32, steps=2) == 12

@@ -38,14 +38,14 @@ def write_npz(path, images, **arrays):
 
 
 class Corners(nn.Module):
-    """Features that a reader can compute: pixels of two corners."""
+    """Features that are easy to check: pixels of two corners."""
 
     def forward(self, images):
         pool = images[:, :, 0, :2].flatten(1).float()
         return {"pool": pool, "logits": pool / 100, "spatial": images[:, :, -1, -1].float()}
 
 
-def test_images_are_the_same_from_every_kind_of_place(tmp_path):
+def test_images_are_the_same_from_every_kind_of_source(tmp_path):
     images = pictures(7)
     write_npz(tmp_path / "samples.npz", images)
     (tmp_path / "folder").mkdir()
@@ -107,7 +107,7 @@ def test_features_in_batches_are_those_of_all_at_once(monkeypatch, tmp_path):
     assert torch.equal(found.rows["logits"], expected["logits"])
     some = collect(Corners(), own_batches(source, 4, ALONE), 23, ALONE, keep=9)
     place = (some.rows["pool"][:, None] == expected["pool"]).all(2).long().argmax(1)
-    assert len(place.unique()) == 9  # nine different images of the 23, in order, with moments of all
+    assert len(place.unique()) == 9  # nine different images of 23, in order, with the moments of all
     assert (place.diff() > 0).all()
     assert torch.equal(some.gaussians["pool"][0], found.gaussians["pool"][0])
 
@@ -121,7 +121,7 @@ def test_moments_of_a_reference_file_are_used(tmp_path):
     assert found.gaussians["pool"][0].tolist() == mean.tolist()
     assert found.gaussians["spatial"][1].tolist() == covariance_s.tolist()
     assert torch.equal(found.rows["pool"], Corners()(images)["pool"])
-    own = features.reference_features(Corners(), "dinov2", path, 8, 5, ALONE)  # the file's are Inception's
+    own = features.reference_features(Corners(), "dinov2", path, 8, 5, ALONE)  # the file's moments are for Inception
     assert own.gaussians["pool"][0].tolist() != mean.tolist()
 
 
@@ -145,8 +145,8 @@ def test_efficientnet_distances_grow_with_noise_and_blur():
     reference = collect(network.pooled, [(0, real)], len(real), ALONE)
 
     def measured(images):
-        drawn = collect(network.pooled, [(0, images)], len(images), ALONE)
-        return compare(reference, drawn, network.measure)
+        sampled = collect(network.pooled, [(0, images)], len(images), ALONE)
+        return compare(reference, sampled, network.measure)
 
     noise = torch.randn(held_out.shape, generator=torch.Generator().manual_seed(0))
     noisy = [measured((held_out + level * noise).clamp(0, 255).to(torch.uint8)) for level in (0, 20, 60, 120)]
@@ -177,12 +177,12 @@ def evaluate(*arguments):
     main(["evaluate", *map(str, arguments)])
 
 
-def test_what_is_drawn_is_measured_once_and_can_be_kept(run, reference, tmp_path, monkeypatch, capsys):
+def test_samples_are_measured_once_and_can_be_kept(run, reference, tmp_path, monkeypatch, capsys):
     pytest.importorskip("efficientnet_lite_pytorch")
     command = (run.folder, "--reference", reference, "--draw", 9, "--batch-size", 4, "--guidance", 2)
-    evaluate(*command, "--out", tmp_path / "drawn.npz")
+    evaluate(*command, "--out", tmp_path / "sampled.npz")
     assert "warning: 9 images are fewer than 2049" in capsys.readouterr().err
-    with np.load(tmp_path / "drawn.npz") as file:
+    with np.load(tmp_path / "sampled.npz") as file:
         kept, labels = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(file["labels"])
     model = load(run.folder)
     assert labels.tolist() == [i % model.num_classes for i in range(9)]
@@ -194,7 +194,7 @@ def test_what_is_drawn_is_measured_once_and_can_be_kept(run, reference, tmp_path
     assert row["settings"]["images"] == 9
     assert set(row["scores"]) == {"FD-EffLite0", "KID-EffLite0", "precision", "recall"}
 
-    monkeypatch.setattr("pixnerd.frozen.load", None)  # the same again needs no network
+    monkeypatch.setattr("pixnerd.frozen.load", None)  # the same settings need no network
     capsys.readouterr()
     evaluate(*command)
     assert f"KID-EffLite0 {row['scores']['KID-EffLite0']:.4g}" in capsys.readouterr().out
@@ -204,7 +204,7 @@ def test_what_is_drawn_is_measured_once_and_can_be_kept(run, reference, tmp_path
 def test_features_of_the_reference_are_computed_once(run, reference, tmp_path, monkeypatch):
     network = Corners()
     found = features.reference_features(network, "inception", reference, 32, 7, ALONE, tmp_path)
-    monkeypatch.setattr(features, "collect", None)  # a second time there is nothing to collect
+    monkeypatch.setattr(features, "collect", None)  # now there must be nothing to collect
     again = features.reference_features(network, "inception", reference, 32, 5, ALONE, tmp_path)
     assert again.count == found.count == 40
     assert again.rows.keys() == found.rows.keys()
@@ -212,7 +212,7 @@ def test_features_of_the_reference_are_computed_once(run, reference, tmp_path, m
     for name, (mean, covariance) in found.gaussians.items():
         assert torch.equal(again.gaussians[name][0], mean)
         assert torch.equal(again.gaussians[name][1], covariance)
-    with pytest.raises(TypeError, match="NoneType"):  # other images, and a file that was cut off, are computed
+    with pytest.raises(TypeError, match="NoneType"):  # other images are computed, and so is a truncated file
         features.reference_features(network, "inception", "synthetic", 32, 5, ALONE, tmp_path)
     kept = tmp_path / "reference-inception.safetensors"
     kept.write_bytes(kept.read_bytes()[:-100])

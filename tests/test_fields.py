@@ -93,7 +93,7 @@ def test_recomputing_keeps_less():
 
 
 def test_coordinates_are_shared_by_all_patches():
-    """Nothing of size patches × pixels × 64 is made: the coordinate part of the first linear is one small table."""
+    """No tensor of size patches × pixels × 64 exists: the first Linear's coordinate part is one small table."""
     head = field_head(dataclasses.replace(TINY, field_blocks=1, field_width=4))
     pixels, s = torch.randn(50, 16, 3, dtype=torch.float64), torch.randn(50, 10, dtype=torch.float64)
     largest = 0

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Files appear complete or not at all."""
 
 import json
 
@@ -8,13 +8,13 @@ from pixnerd import InputError
 from pixnerd.files import read_json, remove_partial_files, replacing, write_atomically
 
 
-def test_a_file_is_replaced_when_the_block_ends_well_and_else_untouched(tmp_path):
+def test_a_file_is_replaced_only_when_the_block_succeeds(tmp_path):
     path = tmp_path / "a.npz"
     write_atomically(path, "old")
 
     def stop_half_way():
         with replacing(path) as partial:
-            assert partial.suffix == ".npz"  # numpy would add it
+            assert partial.suffix == ".npz"  # or numpy would append it
             partial.write_text("half")
             raise RuntimeError("stop")
 
@@ -27,7 +27,7 @@ def test_a_file_is_replaced_when_the_block_ends_well_and_else_untouched(tmp_path
     assert (path.read_text(), [p.name for p in tmp_path.iterdir()]) == ("new", ["a.npz"])
 
 
-def test_what_a_killed_process_leaves_is_taken_away_and_nothing_else(tmp_path):
+def test_only_what_a_killed_process_leaves_is_removed(tmp_path):
     for name in (".123.partial-a.npz", ".hidden", "partial-a.npz"):
         (tmp_path / name).write_text("")
     remove_partial_files(tmp_path)

@@ -1,4 +1,4 @@
-"""launch() against commands that are scripts, put in place of the package by a folder with its own `pixnerd`."""
+"""launch() with scripts as commands: a folder's own `pixnerd` takes the place of the package."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ ROOT = os.path.dirname(os.path.dirname(launch.__file__))
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """Makes `python -m pixnerd` run a script, which has its arguments in sys.argv and writes its id to pid.txt first.
+    """Makes `python -m pixnerd` run a script with its arguments in sys.argv, after writing its process id to pid.txt.
 
     A process started in the folder finds this package before ours.
     """
@@ -36,7 +36,7 @@ def command(tmp_path, monkeypatch):
 
 
 def is_running(pid):
-    """A process that ended and that nobody has waited for yet does not run."""
+    """Whether a process runs; a zombie does not."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] != "Z"
@@ -65,7 +65,7 @@ def test_lines_come_in_order_and_as_they_are_written(command, monkeypatch):
     )
     lines = launch.launch(["train", "--out", "a b"])
     assert [next(lines) for _ in range(4)] == ["first ['train', '--out', 'a b']", "second", "10% of α", "20% of α"]
-    open("go", "w").close()  # only now may it go on: what came before was not kept back
+    open("go", "w").close()  # it waits for this file, so the lines so far were not buffered
     assert list(lines) == ["last"]
 
 
@@ -115,7 +115,7 @@ def test_closing_interrupts_the_command_and_waits(command):
 
 
 def test_an_interrupt_works_where_it_was_ignored(command):
-    """As behind a shell's `&`: what a process ignores, its children ignore, too."""
+    """As behind a shell's `&`: children inherit ignored signals."""
     command(POLITE)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -138,7 +138,7 @@ def test_what_does_not_end_is_killed(command, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent died")
-def test_a_killed_parent_takes_the_command_along(command):
+def test_a_killed_parent_ends_the_command(command):
     pid = command(STUBBORN)
     script = (
         f"import sys; sys.path[0] = {ROOT!r}\nfrom pixnerd.launch import launch\nfor line in launch([]): print(line)"
@@ -157,10 +157,10 @@ TINY_TRAINING += ["--workers", "0", "--log-every", "1", "--checkpoint-every", "1
 
 
 def processes_with(words):
-    """The ids of the processes whose command line has these words."""
+    """The ids of the processes whose command line contains these words."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
+        with contextlib.suppress(OSError):  # it has ended meanwhile
             if words in path.read_text(errors="replace"):
                 found.append(path.parent.name)
     return {process for process in found if is_running(process)}
@@ -176,14 +176,14 @@ def one_thread(monkeypatch):
 def test_two_processes_train_together(tmp_path, one_thread):
     out = str(tmp_path / "run")
     lines = list(launch.launch(["train", "--out", out, "--steps", "3", *TINY_TRAINING], processes=2))
-    assert sum(line.startswith("trained: ") for line in lines) == 1  # one of the two speaks
+    assert sum(line.startswith("trained: ") for line in lines) == 1  # only one of the two prints
     assert [entry["step"] for entry in Run(out).read_log()] == [1, 2, 3]
     assert (tmp_path / "run/checkpoints/latest").read_text().strip() == "step-3"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent died")
 def test_a_killed_parent_leaves_no_worker_behind(tmp_path, one_thread):
-    """Not even one that nobody but torchrun knows of."""
+    """Not even one that only torchrun knows."""
     out = str(tmp_path / "run")
     arguments = ["train", "--out", out, "--steps", "1000000", *TINY_TRAINING]
     script = f"from pixnerd.launch import launch\nfor line in launch({arguments!r}, processes=2): pass"

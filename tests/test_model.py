@@ -109,8 +109,8 @@ def test_bad_input(tiny, x, t, labels, sentence):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"width": 30, "heads": 4}, "7.5 channels a head"),
-        ({"width": 24, "heads": 4}, "6 channels a head"),
+        ({"width": 30, "heads": 4}, "7.5 channels per head"),
+        ({"width": 24, "heads": 4}, "6 channels per head"),
         ({"head": "conv"}, "model.head is 'conv'; allowed: field, linear"),
         ({"encoding": "fourier"}, "allowed: dct, sincos, none"),
         ({"weight_norm": "fc2"}, r"allowed: none, fc1, fc1\+fc2"),
@@ -129,7 +129,7 @@ def test_unknown_size_names_the_known_ones():
         SIZES["H/16"]
 
 
-def test_labels_are_one_number_an_image(tiny):
+def test_labels_are_one_number_per_image(tiny):
     with pytest.raises(InputError, match=r"labels have shape \(2, 1\)"):
         tiny(torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([[0], [1]]))
 
@@ -140,7 +140,7 @@ def test_base_resolution_of_the_same_size_changes_nothing(tiny):
 
 
 def test_more_pixels_sample_the_same_fields(tiny):
-    """4 × 4 pixels of a patch lie at every second coordinate of 7 × 7: with equal noisy values they decode equally."""
+    """The 4 × 4 pixels of a patch are every second one of 7 × 7: with equal noisy values they decode equally."""
     per_patch = torch.randn(1, 3, 4, 4)
     base = per_patch.repeat_interleave(4, 2).repeat_interleave(4, 3)
     full = per_patch.repeat_interleave(7, 2).repeat_interleave(7, 3)

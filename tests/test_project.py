@@ -1,4 +1,4 @@
-"""The files around the package agree with one another."""
+"""The files around the package are consistent."""
 
 import ast
 import graphlib
@@ -51,7 +51,7 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def floors():
-    """README's drawing: the top-level modules and folders of the package → the number of their floor, 0 on top."""
+    """From the diagram in README: top-level modules and folders of the package → number of their floor, 0 on top."""
     section = (ROOT / "README.md").read_text().split("## The floors")[1]
     drawing = re.search(r"```\n(.+?)```", section, re.DOTALL)[1]
     lines = [re.sub(r"^\w+(?=  )", "", line).split() for line in drawing.splitlines()]
@@ -66,7 +66,7 @@ def modules():
 
 
 def imports(module, path, known):
-    """The modules of the package that a module imports, wherever in the file that stands, but for type checking."""
+    """The package's modules that a module imports anywhere in its file, except for type checking."""
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     package = [part for part in package if part]
     found, tree = set(), ast.parse(path.read_text())
@@ -86,7 +86,7 @@ MODULES = modules()
 IMPORTS = {module: imports(module, path, MODULES) for module, path in MODULES.items()}
 
 
-def test_the_drawing_has_every_module_once_and_no_other():
+def test_the_diagram_has_every_module_once_and_no_other():
     assert floors().keys() == {name.split(".")[0] for name in MODULES} - {""}
 
 
@@ -99,21 +99,21 @@ def test_a_module_imports_only_from_lower_floors_and_its_own_folder(module):
 
 
 def test_no_module_imports_itself_through_others():
-    graphlib.TopologicalSorter(IMPORTS).prepare()  # raises CycleError with the circle
+    graphlib.TopologicalSorter(IMPORTS).prepare()  # raises CycleError with the cycle
 
 
 def test_a_wrong_import_is_noticed(tmp_path):
-    """The reader of imports sees every form: relative, of a module or a name, inside a function."""
+    """`imports` sees every form: relative, of a module or a name, inside a function."""
     path = tmp_path / "loop.py"
     path.write_text("from .. import cli\nfrom ..data.folder import SUFFIXES\ndef f():\n    from ..runs import Run\n")
     assert imports("training.loop", path, MODULES) == {"cli", "data.folder", "runs"}
 
 
-# --- doors open quickly ----------------------------------------------------------------------------------------------
+# --- imports are fast ------------------------------------------------------------------------------------------------
 
 
 def loaded(*command):
-    """The modules that a fresh Python has imported after a command, by their first name."""
+    """The top-level modules that a fresh Python has imported after running these lines."""
     code = "import atexit, sys; atexit.register(lambda: print('LOADED', *sorted(sys.modules)))\n" + "\n".join(command)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     return set(done.stdout.rsplit("LOADED ", 1)[1].split())
@@ -135,7 +135,7 @@ HEAVY |= {"matplotlib", "transformers", "scipy", "sklearn", "tqdm.notebook"}
     ],
     ids=" ".join,
 )
-def test_help_and_a_refused_flag_do_without_torch(arguments):
+def test_help_and_a_refused_flag_do_not_need_torch(arguments):
     found = loaded("from pixnerd.cli import main", f"main({arguments!r})")
     assert not {"torch", "torchvision", "matplotlib", "transformers"} & found
 
@@ -149,7 +149,7 @@ def test_the_package_alone_imports_nothing_heavy():
     assert not (HEAVY - alone) & found
 
 
-# --- what is named in one place is named so everywhere ----------------------------------------------------------------
+# --- names agree -----------------------------------------------------------------------------------------------------
 
 
 def test_the_book_lists_every_name_of_a_data_set():

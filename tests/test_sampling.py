@@ -13,7 +13,7 @@ GOLDEN = "tests/golden/class_p4"
 
 
 class Recorder(PixNerd):
-    """Remembers (t, batch size) of every call."""
+    """Records (t, batch size) of every call."""
 
     def forward(self, x, t, labels, base_resolution=None):
         self.calls.append((round(float(t[0]), 6), len(x)))
@@ -56,7 +56,7 @@ def test_where_guidance_costs(recorder, options, sizes):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_passes_are_those_that_sampling_makes(recorder, solver):
+def test_passes_are_those_of_real_sampling(recorder, solver):
     config = SamplingConfig(7, solver, 2.0, (0.2, 0.7))
     sample(recorder, [0, 1], **dataclasses.asdict(config))
     assert network_passes(config) == sum(size for _, size in recorder.calls) / 2
@@ -98,7 +98,7 @@ def test_trajectory_ends_where_sample_ends(tiny):
     assert [state.step for state in states] == [1, 2, 3, 4, 5]
     assert [state.t for state in states] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert states[-1].x.equal(sample(tiny, [0, 1], steps=5, guidance=2.0))
-    # the last Euler step goes all the way to the image it was heading for
+    # the last Euler step ends at the estimated image
     torch.testing.assert_close(states[-1].x, states[-1].image)
     assert not torch.allclose(states[1].x, states[1].image)
 
@@ -126,4 +126,4 @@ def test_sampling_builds_no_graph_and_takes_other_sizes(tiny):
 )
 def test_bad_input_is_refused_at_the_call(tiny, labels, options, sentence):
     with pytest.raises(InputError, match=sentence):
-        trajectory(tiny, labels, **options)  # not iterated: nothing may be computed first
+        trajectory(tiny, labels, **options)  # not iterated: it has to fail before any computation

@@ -17,8 +17,8 @@ def no_noise():
 def end_of_known_field(solver, steps, shift):
     """dx/dt = 7 t⁶·x from x = 1, so x(1) = e; returns the error in float64.
 
-    The field vanishes at the start, so that the first steps of a multistep method, which are of lower order because
-    they have no past, add no error of their own: what is left is the method's order.
+    The field vanishes at the start, so that the first steps of a multistep method, which have a lower order for lack
+    of a past, add no error: what remains shows the method's order.
     """
     x = torch.ones(1, dtype=torch.float64)
     *_, x = SOLVERS[solver](lambda x, t, _: 7 * t**6 * x, x, time_grid(steps, shift), no_noise)
@@ -57,11 +57,11 @@ def test_adams_weights_are_integrals_of_lagrange_polynomials(times):
         )
 
 
-EVALUATIONS = {"heun": 13}  # of 7 steps; one a step for all others
+EVALUATIONS = {"heun": 13}  # for 7 steps; all others take one per step
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_one_state_a_step_and_never_the_velocity_at_one(solver):
+def test_one_state_per_step_and_never_the_velocity_at_one(solver):
     asked = []
 
     def velocity(x, t, start):

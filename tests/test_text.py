@@ -49,7 +49,7 @@ def test_released_weights_decode_above_the_base_resolution(golden):
     assert (v - golden["v_scaled"]).abs().max() < 1e-4
 
 
-def test_released_sizes_are_read_off_the_shapes():
+def test_released_sizes_are_inferred_from_shapes():
     assert load_released(f"{GOLDEN}.ckpt").config == TextModelConfig(
         width=32,
         heads=2,
@@ -69,7 +69,7 @@ def test_published_size():
     assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(1171.5, abs=0.05)
 
 
-def test_every_text_token_is_read_and_its_place_matters(tiny):
+def test_every_text_token_is_read_and_its_position_matters(tiny):
     x, t, text = torch.randn(1, 3, 16, 16), torch.tensor([0.5]), torch.randn(1, 5, 7)
     v = tiny(x, t, text)
     for token in range(5):

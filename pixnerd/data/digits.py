@@ -34,7 +34,7 @@ class Digits(ImageDataset):
 
     def __init__(self, image_size: int = 32):
         if image_size < SIDE:
-            raise InputError(f"digits have {SIDE} pixels a side; image size {image_size} is smaller than that")
+            raise InputError(f"digits have {SIDE} pixels per side; image size {image_size} is smaller than that")
         with gzip.open(find_file(), "rt") as file:
             table = np.loadtxt(file, delimiter=",", dtype=np.uint8)  # [5000, 785]
         super().__init__(image_size, 1, table[:, -1].astype(int), [str(digit) for digit in range(10)])

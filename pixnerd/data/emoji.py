@@ -169,7 +169,7 @@ class Drawing(NamedTuple):
 
 
 def read_pictures(archive: Path) -> dict[str, bytes]:
-    """code → webp file, 256 pixels a side."""
+    """code → webp file, 256 pixels per side."""
     with tarfile.open(archive) as tar:
         names = [name for name in tar.getnames() if name.endswith(".webp")]
         return {plain_code(Path(name).stem): tar.extractfile(name).read() for name in names}

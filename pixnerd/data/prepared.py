@@ -97,7 +97,7 @@ class Prepared(ImageDataset):
 def _read_manifest(root: Path) -> dict[str, Any]:
     if not (root / MANIFEST).is_file():
         if (root / PLAN).is_file():
-            raise InputError(f"{root} is not finished: the same `pixnerd prepare` command goes on with it")
+            raise InputError(f"{root} is not finished: the same `pixnerd prepare` command resumes it")
         raise InputError(f"{root} holds no {MANIFEST}; 'prepared:PATH' needs a folder that `pixnerd prepare` wrote")
     manifest = read_json(root / MANIFEST, "the manifest of a prepared copy")
     needed = {"source", "image_size", "channels", "classes", "labels", "shards"} - manifest.keys()

@@ -216,7 +216,7 @@ class Panel(widgets.VBox):
         controls = [self.subject, self.count, self.size, self.seed, *sampling, self.draw, self.progress, self.error]
         self.results = [
             _column(widgets.HTML("the images"), self.images),
-            _column(widgets.HTML(f"the path to them: {X_T}, and the current estimate"), self.animation),
+            _column(widgets.HTML(f"on the way: {X_T}, and the current estimate x̂"), self.animation),
         ]
         for column in self.results:
             column.layout.visibility = "hidden"  # until there is something to show

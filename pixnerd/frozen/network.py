@@ -31,7 +31,7 @@ class FrozenNetwork(nn.Module):
 
         The network runs in bfloat16 on a GPU and in float32 on a CPU, regardless of the surrounding autocast.
         """
-        raise InputError(f"{self.name} gives no features of parts of images, which REPA needs")
+        raise InputError(f"{self.name} gives no features of image patches, which REPA needs")
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Feature maps [B, F, h, w] at several depths for images [B, 3, H, W] in [−1, 1]; gradients pass through."""

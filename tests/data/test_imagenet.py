@@ -1,4 +1,4 @@
-"""Against 1,000 folders made here, with links to a few small images."""
+"""With 1,000 folders made here, containing links to a few small images."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ from pixnerd.data.folder import read_pixels
 
 @pytest.fixture
 def pictures(tmp_path):
-    """What ImageNet has: JPEGs of all shapes, in grey and CMYK too, one on its side, and a PNG that is named JPEG."""
+    """The kinds of files in ImageNet: JPEGs of all shapes, also grey, CMYK and rotated, and a PNG named JPEG."""
     rng = np.random.default_rng(0)
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -101,7 +101,7 @@ def test_names_of_any_kind(root, pictures):
     assert images.pixels(2).equal(images.pixels(1))
 
 
-def test_a_bad_file_is_named_when_its_turn_comes(root):
+def test_a_bad_file_is_named_when_it_is_read(root):
     bad = root / "train" / "n01443537" / "n01443537_1.JPEG"
     bad.unlink()
     bad.write_text("I am a text")
@@ -117,7 +117,7 @@ def test_a_damaged_exif_block_is_named_too(tmp_path):
     path = tmp_path / "photo.JPEG"
     Image.new("RGB", (20, 12)).save(path, exif=exif)
     content = bytearray(path.read_bytes())
-    content[content.index(b"Exif") + 17] = 0  # of the number of the camera's tag: Pillow raises struct.error
+    content[content.index(b"Exif") + 17] = 0  # breaks the count of the camera's tag: Pillow raises struct.error
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"photo\.JPEG cannot be read as an image"):
         read_pixels(path, path, 8)
@@ -141,7 +141,7 @@ def test_missing_and_surplus_folders_are_named(root):
         data.load(f"imagenet:{root}", 16)
 
 
-def test_what_is_not_there(tmp_path):
+def test_missing_folders_are_named(tmp_path):
     with pytest.raises(InputError, match=r"gone does not exist; 'imagenet:PATH' needs"):
         data.load(f"imagenet:{tmp_path / 'gone'}", 16)
     with pytest.raises(InputError, match=r"1000 missing \(n01440764, n01443537, n01484850, …\)$"):

@@ -16,7 +16,7 @@ from pixnerd import InputError, data
 from pixnerd.cli import main
 from pixnerd.data import prepared
 
-COUNT = 14  # with four images a shard: three full shards and one of two
+COUNT = 14  # with four images per shard: three full shards and one of two
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def small_shards(monkeypatch):
 
 @pytest.fixture
 def root(tmp_path):
-    """Photos of three classes: of all shapes, in grey and CMYK too, some on their side."""
+    """Photos of three classes: of all shapes, also grey and CMYK, some rotated."""
     rng = np.random.default_rng(0)
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -52,12 +52,12 @@ def prepare(root, folder, workers=0):
 
 
 def shard_files(folder):
-    """What changes when a file is written anew: name → inode, time."""
+    """What changes when a file is rewritten: name → inode, time."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted(folder.glob("0*"))}
 
 
 def stop_at(monkeypatch, calls, stop):
-    """Let `stop` be called when the images of a folder are read for the `calls`th time."""
+    """Call `stop` at the `calls`th read of an image from a folder."""
     original, count = data.ImageFolder.pixels, iter(range(1, 10_000))
 
     def pixels(self, index):
@@ -121,7 +121,7 @@ def test_a_loader_reads_it_in_processes(root, tmp_path):
     order = [13, 0, 5, 4, 8, 3]
     together = torch.cat([pixels for pixels, _ in DataLoader(copy, 2, sampler=order, num_workers=2)])
     assert together.equal(torch.stack([source_of(root)[index][0] for index in order]))
-    pickled = pickle.dumps(copy)  # what a worker that is not forked gets
+    pickled = pickle.dumps(copy)  # what a spawned worker gets
     assert len(pickled) < 10_000
     assert pickle.loads(pickled).pixels(6).equal(copy.pixels(6))
 
@@ -138,10 +138,10 @@ def test_an_interrupted_copy_goes_on(root, tmp_path, monkeypatch, workers):
         stop_at(patch, 11, fail)  # in the third shard
         with pytest.raises(RuntimeError, match="the power went"):
             prepare(root, folder, workers)
-    states = shard_files(folder)  # a worker may have got to the fourth shard before it was ended
+    states = shard_files(folder)  # a worker may have reached the fourth shard before it was stopped
     before = {name: state for name, state in states.items() if name[:5] != "00003" or workers == 0}
     assert list(before) == ["00000.json", "00000.npy", "00001.json", "00001.npy"]
-    with pytest.raises(InputError, match="copy is not finished: the same `pixnerd prepare` command goes on"):
+    with pytest.raises(InputError, match="copy is not finished: the same `pixnerd prepare` command resumes it"):
         data.load(f"prepared:{folder}", 16)
     prepare(root, folder, workers)
     assert {name: state for name, state in shard_files(folder).items() if name in before} == before
@@ -179,7 +179,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_no_half_shard(root, tmp_path, mo
     assert (folder / "manifest.json").read_bytes() == (tmp_path / "whole" / "manifest.json").read_bytes()
 
 
-def test_a_flipped_byte_is_found_and_mended(root, tmp_path):
+def test_a_flipped_byte_is_found_and_repaired(root, tmp_path):
     folder = tmp_path / "copy"
     copy = prepare(root, folder).images
     copy.verify()
@@ -223,7 +223,7 @@ def test_another_image_size_is_refused(root, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"source": "x"}'])
-def test_what_is_no_copy_is_said(tmp_path, text):
+def test_a_folder_without_a_copy_is_refused(tmp_path, text):
     with pytest.raises(InputError, match=r"holds no manifest\.json; 'prepared:PATH' needs"):
         data.load(f"prepared:{tmp_path}", 16)
     (tmp_path / "manifest.json").write_text(text)
@@ -255,7 +255,7 @@ def test_a_shard_without_one_good_image_stops_the_work(root, tmp_path):
     assert "00001.npy" not in shard_files(tmp_path / "copy")
 
 
-def test_folders_that_are_taken(root, tmp_path):
+def test_folders_with_other_contents_are_refused(root, tmp_path):
     prepare(root, tmp_path / "copy")
     with pytest.raises(InputError, match="already holds another copy .image size 16 there, 8 asked for.: choose"):
         data.prepare(data.load(name_of(root), 8), name_of(root), tmp_path / "copy", 0)
@@ -268,7 +268,7 @@ def test_folders_that_are_taken(root, tmp_path):
         prepare(root, root / "a" / "00.jpg")
 
 
-def test_what_cannot_be_prepared(root, tmp_path, monkeypatch):
+def test_unsuitable_data_sets_are_refused(root, tmp_path, monkeypatch):
     source = source_of(root)
     with pytest.raises(InputError, match="workers is -1; it cannot be negative"):
         prepare(root, tmp_path / "copy", workers=-1)

@@ -15,7 +15,7 @@ from pixnerd import InputError, data
 from pixnerd.data import shapes
 from pixnerd.data.shapes import BACKGROUNDS, COLOURS, SHAPES, TASKS, Group, Object, Scene, coverage, make_scene, render
 
-# the same drawings once more, each as what makes a point of the box from −1 to 1 a part of it
+# the same shapes again, each as a test of whether a point in the box from −1 to 1 is inside
 INSIDE = {
     "circle": lambda x, y: x**2 + y**2 <= 1,
     "square": lambda x, y: np.maximum(abs(x), abs(y)) <= 1,
@@ -37,8 +37,8 @@ radii = st.floats(0.3, 5, allow_subnormal=False)
 
 
 def _in_star(x, y):
-    """Folded into a tenth of the circle, from a point to a notch, it is one side of a straight line."""
-    turn = np.abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)  # from the nearest point, 0 … 36°
+    """Folded into a tenth of the circle, from a tip to a notch, the star is one side of a straight line."""
+    turn = np.abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)  # from the nearest tip, 0 … 36°
     along, across = np.hypot(x, y) * np.cos(turn), np.hypot(x, y) * np.sin(turn)
     notch_along, notch_across = 0.45 * np.cos(np.pi / 5), 0.45 * np.sin(np.pi / 5)
     return across * (1 - notch_along) <= (1 - along) * notch_across
@@ -48,12 +48,12 @@ def _in_star(x, y):
 @settings(max_examples=25, deadline=None)
 @given(x=places, y=places, radius=radii)
 def test_coverage_is_the_share_of_points_inside(shape, x, y, radius):
-    fine = 50  # points along a pixel
+    fine = 50  # points along a side of a pixel
     points = (np.arange(16 * fine) + 0.5) / fine
     inside = INSIDE[shape]((points - x) / radius, (points[:, None] - y) / radius)
     expected = np.broadcast_to(inside, (16 * fine,) * 2).reshape(16, fine, 16, fine).mean((1, 3))
     found = coverage(shape, x, y, radius, np.arange(17), np.arange(17))
-    assert np.abs(found - expected).max() < 1.1 / fine  # an upright edge between two columns of points
+    assert np.abs(found - expected).max() < 1.1 / fine  # a vertical edge between two columns of points
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -73,7 +73,7 @@ def test_coverage_adds_up_to_the_area_around_its_middle(shape, x, y, radius):
 
 
 def test_no_radius_makes_a_disc_of_nothing():
-    """Squares of some numbers round differently in arrays and alone; the root of their difference was not a number."""
+    """Squares of some numbers round differently in arrays and alone; the root of their difference was NaN."""
     with np.errstate(all="raise"):
         for radius in np.random.default_rng(0).uniform(3, 7.5, 2000):
             for value in (radius, float(radius)):
@@ -81,7 +81,7 @@ def test_no_radius_makes_a_disc_of_nothing():
                 assert covered.sum() == pytest.approx(math.pi * radius**2, rel=1e-9)
 
 
-def test_colours_are_far_from_one_another_and_from_every_background():
+def test_colours_are_far_apart_and_far_from_every_background():
     pairs = itertools.combinations([*COLOURS.values(), *BACKGROUNDS.values()], 2)
     assert min(math.dist(a, b) for a, b in pairs) >= 115
 
@@ -109,7 +109,7 @@ def test_a_rendering_of_twice_the_size_is_the_same_picture():
 
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-# (shape, its colour) and (first, relation, second) as the book's sentence about the split says them
+# (shape, its colour) and (first, relation, second) as in the book's sentence about the split
 KEPT_COLOURS = {"green circle", "pink square", "blue triangle", "yellow diamond", "red star", "cyan cross"}
 KEPT_RELATIONS = {
     "circle left of square",
@@ -122,7 +122,7 @@ KEPT_RELATIONS = {
 
 
 def read(caption):
-    """What a caption says, by a grammar of its own: [(count, colour or None, shape), …] and the relation or None."""
+    """A caption parsed independently: [(count, colour or None, shape), …] and the relation or None."""
     groups = []
     assert not re.search(r"\ba orange|\ban (?!orange)", caption)
     words = re.sub(r"^a single ", "a ", re.sub(r"^exactly ", "", caption))
@@ -138,7 +138,7 @@ def read(caption):
 
 
 def holds(first, relation, second, gap):
-    """Whether the boxes lie apart as the relation says, by at least the gap."""
+    """Whether the boxes are in the relation, at least the gap apart."""
     if relation in ("right of", "below"):
         return holds(second, OPPOSITE[relation], first, gap)
     difference = second.x - first.x if relation == "left of" else second.y - first.y
@@ -177,7 +177,7 @@ def test_objects_have_room(split, index):
 
 
 def named(caption):
-    """Every "colour shape" and every "shape relation shape" of a caption, both orders of words."""
+    """Every "colour shape" and every "shape relation shape" in a caption, in both orders of words."""
     groups, relation = read(caption)
     pairs = {f"{colour} {shape}" for _, colour, shape in groups if colour}
     if relation not in OPPOSITE:
@@ -205,10 +205,10 @@ def test_training_never_shows_what_is_held_out():
         {caption for scene in scenes for caption in scene.captions} for scenes in (train, held_out)
     )
     assert not train_captions & held_out_captions
-    assert len(train_captions) < 8_000  # features of each are kept on the disk, 12 KiB
+    assert len(train_captions) < 8_000  # the features of each take 12 KiB on disk
 
 
-def test_tasks_take_turns_and_choices_are_even():
+def test_tasks_alternate_and_choices_are_even():
     train = data.load("shapes", 32)
     assert train.classes == list(TASKS)
     assert train.labels[:14].tolist() == [*range(7), *range(7)]
@@ -233,7 +233,7 @@ PINNED = {
 
 
 def test_the_data_set_never_changes():
-    """Runs that were trained with it, and their scores, are only worth something beside the same scenes."""
+    """Models trained on it, and their scores, are comparable only on the same scenes."""
     first = [make_scene("train", index).captions[0] for index in range(7)]
     assert first == [
         "a circle",

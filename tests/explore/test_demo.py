@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 def train(folder, model, **changes):
-    """A run of one step, whose EMA weights are then random, so that every setting shows."""
+    """A run of one step, then with random EMA weights, so that every setting has a visible effect."""
     options = {"data": "synthetic", "steps": 1, "batch_size": 2, "compile": "off", "sampling": SAMPLING, **changes}
     list(training.train(training.TrainConfig(out=str(folder), model=model, **options), CPU))
     save_model(randomised(load(folder)), newest_checkpoint(folder / "checkpoints") / "ema.safetensors")
@@ -77,7 +77,7 @@ def request_for(path, **changes):
     return Request(**{"subject": subject, "size": 16, "count": 2, "seed": 5, "steps": 4, "guidance": 2.0, **changes})
 
 
-def drawn(path, **changes):
+def sampled(path, **changes):
     return list(states(open_run(path), request_for(path, **changes)))
 
 
@@ -98,10 +98,10 @@ def test_the_images_are_those_of_sample(any_run, size, base):
         expected = sample(
             model, torch.stack([text] * 2), unconditional=empty, size=(size, size), base_resolution=base, **settings
         )
-        got = drawn(any_run, subject="a blue dog", size=size, **settings)
+        got = sampled(any_run, subject="a blue dog", size=size, **settings)
     else:
         expected = sample(model, [4, 4], size=(size, size), base_resolution=base, **settings)
-        got = drawn(any_run, subject=4, size=size, **settings)
+        got = sampled(any_run, subject=4, size=size, **settings)
     assert [state.step for state in got] == [1, 2, 3]
     assert got[-1].x.equal(expected)
 
@@ -117,11 +117,11 @@ def test_the_picture_shows_every_image_with_square_pixels():
     expected = ((images[4] + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
     assert last[:, ::factor, ::factor].equal(expected)
     assert last[:, factor - 1 :: factor, factor - 1 :: factor].equal(expected)
-    assert decoded(picture(torch.zeros(1, 1, 300, 300)))[0].shape == (3, 300, 300)  # large ones stay as they are
+    assert decoded(picture(torch.zeros(1, 1, 300, 300)))[0].shape == (3, 300, 300)  # large images keep their size
 
 
 def test_the_animation_has_a_frame_for_each_step_and_ends_at_the_images(any_run):
-    path = drawn(any_run)
+    path = sampled(any_run)
     frames = decoded(animation([frame(state) for state in path]))
     assert len(frames) == 4
     side = table(path[-1].x).shape[2]
@@ -135,7 +135,7 @@ def test_the_animation_has_a_frame_for_each_step_and_ends_at_the_images(any_run)
 
 
 def test_frames_of_large_images_are_small(class_run):
-    (state,) = drawn(class_run, size=128, count=16, steps=1)
+    (state,) = sampled(class_run, size=128, count=16, steps=1)
     assert table(state.x).shape == (3, 4 * 130 + 2, 4 * 130 + 2)
     assert frame(state).size == (526, 261)
 
@@ -147,7 +147,7 @@ def test_frames_of_large_images_are_small(class_run):
         ({"count": 17}, "images is 17"),
         ({"seed": -1}, "seed is -1; it cannot be negative"),
         ({"steps": 201}, "steps is 201; here it has to be at most 200"),
-        ({"steps": 10**12}, "at most 200"),  # refused before a list of the times is made
+        ({"steps": 10**12}, "at most 200"),  # refused before the list of times is built
         ({"steps": 0}, "steps is 0"),
         ({"interval": (0.5, 0.5)}, r"interval \(0.5, 0.5\) is not a range"),
         ({"shift": 0.0}, "shift is 0.0"),
@@ -155,7 +155,7 @@ def test_frames_of_large_images_are_small(class_run):
         ({"subject": "  "}, "prompt is empty"),
     ],
 )
-def test_a_request_refuses_what_cannot_be(class_run, changes, sentence):
+def test_a_request_refuses_invalid_values(class_run, changes, sentence):
     with pytest.raises(InputError, match=sentence):
         request_for(class_run, **changes)
 
@@ -196,7 +196,7 @@ def test_a_missing_run_is_refused_at_once(tmp_path):
         demo(tmp_path / "gone")
 
 
-def test_the_package_does_without_widgets():
+def test_the_package_does_not_need_widgets():
     code = "import sys; sys.modules['ipywidgets'] = None; import pixnerd, pixnerd.cli"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -213,13 +213,13 @@ def panel_for(path):
 
 
 def press(panel):
-    """What the panel shows after Draw."""
+    """What the panel shows after a click on Draw."""
     panel.draw.click()
     assert not panel.draw.disabled
     return panel.images.value, panel.animation.value, panel.error.value
 
 
-def test_the_controls_start_as_the_run_samples(any_run):
+def test_the_controls_start_with_the_runs_settings(any_run):
     panel = demo(any_run)
     request = panel.request()
     assert {name: getattr(request, name) for name in vars(SAMPLING)} == vars(SAMPLING)
@@ -236,7 +236,7 @@ def test_the_controls_start_as_the_run_samples(any_run):
     assert movie == animation([frame(state) for state in path])
 
 
-def test_a_run_that_guides_every_step_starts_so(tmp_path):
+def test_a_run_that_guides_every_step_checks_the_box(tmp_path):
     folder = train(tmp_path / "run", ModelConfig(**SMALL), sampling=SamplingConfig(steps=2, interval=None))
     panel = demo(folder)
     assert panel.request().interval is None
@@ -246,7 +246,7 @@ def test_a_run_that_guides_every_step_starts_so(tmp_path):
     assert not panel.interval.disabled
 
 
-CHANGES = {  # control → values that each draw something else than the one before
+CHANGES = {  # control → values, each of which changes the images
     "count": [2, 16],
     "seed": ["1", "123456789012345678901234567890"],
     "steps": ["1", "7"],
@@ -273,7 +273,7 @@ WRONG = {  # control → (value, sentence)
 
 
 @pytest.mark.parametrize("control", CHANGES)
-def test_every_control_changes_what_is_drawn(any_run, control):
+def test_every_control_changes_the_images(any_run, control):
     panel = panel_for(any_run)
     panel.steps.value = "4"
     seen = [press(panel)]
@@ -297,10 +297,10 @@ def test_every_wrong_value_is_one_sentence(any_run, control):
         assert sentence in error
         assert (images, movie) == before[:2]
     getattr(panel, control).value = right
-    assert press(panel) == before  # with the error gone
+    assert press(panel) == before  # and the error is gone
 
 
-def test_every_class_can_be_drawn(class_run):
+def test_every_class_can_be_sampled(class_run):
     panel = panel_for(class_run)
     assert panel.subject.options == tuple(range(10))
     drawings = set()
@@ -311,7 +311,7 @@ def test_every_class_can_be_drawn(class_run):
     assert panel.error.value == ""
 
 
-def test_prompts_are_drawn_and_an_empty_one_refused(text_run):
+def test_prompts_are_sampled_and_an_empty_one_refused(text_run):
     panel = panel_for(text_run)
     drawings = set()
     for prompt in ("a red cat", "a blue cat", "dog"):
@@ -322,7 +322,7 @@ def test_prompts_are_drawn_and_an_empty_one_refused(text_run):
     assert "prompt is empty" in press(panel)[2]
 
 
-def test_the_solvers_are_all_offered_and_all_draw(class_run):
+def test_all_solvers_are_offered_and_work(class_run):
     panel = panel_for(class_run)
     for solver in panel.solver.options:
         panel.solver.value = solver
@@ -332,7 +332,7 @@ def test_the_solvers_are_all_offered_and_all_draw(class_run):
 
 @pytest.mark.parametrize("broken", ["states", "animation"])
 def test_an_exception_in_the_callback_is_seen(class_run, monkeypatch, broken):
-    """ipywidgets only logs what a callback raises; the panel has to show it, and must not keep its traceback."""
+    """ipywidgets only logs what a callback raises; the panel has to show it and must not swallow the traceback."""
 
     def fail(*_):
         raise RuntimeError("out of <memory>")
@@ -345,7 +345,7 @@ def test_an_exception_in_the_callback_is_seen(class_run, monkeypatch, broken):
     assert panel.progress.layout.display == "none"
     assert (images, movie) == before[:2]
     with pytest.raises(RuntimeError):
-        panel._draw(panel.draw)  # raised again, for the notebook's own log
+        panel._draw(panel.draw)  # raised again for the notebook's log
     monkeypatch.undo()
     assert press(panel) == before
 
@@ -366,7 +366,7 @@ def test_the_notebook_shows_the_panel_or_says_what_to_run_first(class_run, tmp_p
 
 @pytest.fixture
 def page():
-    """A page of Debian's chromium; playwright's own download is not needed."""
+    """A page in Debian's chromium; playwright's own download is not needed."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     chromium = shutil.which("chromium")
     if chromium is None:
@@ -401,7 +401,7 @@ def wait_for_server(address, server):
         try:
             return urllib.request.urlopen(f"{address}voila/static/", timeout=5).close()
         except urllib.error.HTTPError:
-            return None  # it answers
+            return None  # it responds
         except OSError:
             time.sleep(0.5)
     raise AssertionError("Voila does not answer")
@@ -418,20 +418,20 @@ def test_draws_in_a_browser(page, served):
     empty = page.evaluate(pictures)
     assert len(empty) == 2
 
-    def drawn_instead_of(before):
-        """The images' addresses once both have changed and their pixels are there."""
+    def images_after(before):
+        """The images' addresses, once both have changed and are loaded."""
         script = f"""before => {pictures}.every((address, i) => address !== before[i])
             && [...document.querySelectorAll('img.widget-image')].every(image => image.naturalWidth > 100)"""
         page.wait_for_function(script, arg=before)
         return page.evaluate(pictures)
 
     draw.click()
-    first = drawn_instead_of(empty)
+    first = images_after(empty)
     page.get_by_label("seed").fill("")
     draw.click()
     page.get_by_text("seed is empty; a whole number is needed").wait_for()
     assert page.evaluate(pictures) == first
     page.get_by_label("seed").fill("9")
     draw.click()
-    drawn_instead_of(first)
+    images_after(first)
     assert page.get_by_text("seed is empty").count() == 0

@@ -10,7 +10,7 @@ from pixnerd.explore.explorer import DPI, Explorer
 
 
 def bars(height, wide):
-    """A figure whose size tells the values."""
+    """A figure whose size encodes the values."""
     return Figure((2 if wide else 1, 1 / (4 - height)))
 
 
@@ -29,16 +29,16 @@ def test_the_picture_is_the_figure_of_the_values(explorer):
     assert size(explorer) == (2 * DPI, DPI)
     explorer.controls["height"].value = 2
     assert size(explorer) == (2 * DPI, DPI // 2)
-    assert np.array(Image.open(io.BytesIO(explorer.image.value))).std() == 0  # nothing but the figure
+    assert np.array(Image.open(io.BytesIO(explorer.image.value))).std() == 0  # only the figure
 
 
-def test_controls_have_names_and_wait_until_they_are_let_go(explorer):
+def test_controls_have_names_and_wait_until_they_are_released(explorer):
     assert [control.description for control in explorer.controls.values()] == ["height", "twice"]
     assert explorer.controls["height"].continuous_update is False
     assert set(explorer.controls.values()) <= set(explorer.children)
 
 
-def test_an_error_is_said_and_raised_and_gone_with_its_cause(explorer):
+def test_an_error_is_shown_and_raised_and_disappears_with_its_cause(explorer):
     before = explorer.image.value
     with pytest.raises(ZeroDivisionError):
         explorer.controls["height"].value = 4

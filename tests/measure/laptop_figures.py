@@ -1,7 +1,7 @@
 """Neural field against linear head on a laptop, over seeds: python -m tests.measure.laptop_figures DATA RUN …
 
-Reads what `pixnerd evaluate RUN --draw N` wrote into the runs' metrics.json and prints, by head and guidance, the mean
-and the standard deviation over the runs. The last line is the yardstick: as many real images of DATA, left out of the
+Reads what `pixnerd evaluate RUN --draw N` wrote to the runs' metrics.json and prints, by head and guidance, the mean
+and the standard deviation over the runs. The last line is the baseline: as many real images of DATA, left out of the
 reference, against the rest of them.
 """
 
@@ -25,8 +25,8 @@ def row(title: str, found: list[dict[str, float]]) -> str:
     cells = []
     for name in NAMES:
         values = [scores[name] * (1000 if name.startswith("KID") else 1) for scores in found]
-        spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-        cells.append(f"{statistics.mean(values):.3g}{spread}")
+        deviation = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+        cells.append(f"{statistics.mean(values):.3g}{deviation}")
     return f"| {title} | {len(found)} | " + " | ".join(cells) + " |"
 
 
@@ -49,13 +49,13 @@ def main(name: str, folders: list[str]) -> None:
         run = Run(folder)
         for entry in run.metrics()["evaluations"]:
             settings = entry["settings"]
-            if "sampling" not in settings:  # of images that were drawn before, by settings unknown
+            if "sampling" not in settings:  # saved samples, with unknown settings
                 continue
             key = (run.config().model.head, settings["sampling"]["guidance"], settings["images"])
             found[key].append(entry["scores"])
     print("| head | runs | 1000 · KID-EffLite0 | FD-EffLite0 | precision | recall |\n|---|---|---|---|---|---|")
     for (head, guidance, images), scores in sorted(found.items(), reverse=True):
-        print(row(f"{head}, guidance {guidance:g}, {images:,} drawn", scores))
+        print(row(f"{head}, guidance {guidance:g}, {images:,} samples", scores))
     count = max(images for _, _, images in found)
     print(row("real against real", [real_against_real(name, count)]))
 

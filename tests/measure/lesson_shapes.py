@@ -1,6 +1,6 @@
-"""How long the lessons are, beside what they should be: python -m tests.measure.lesson_shapes
+"""How long the lessons are, and how long they should be: python -m tests.measure.lesson_shapes
 
-Exercises count as cells and words; a stub and its solution do not count as code, the check behind them does.
+Exercises count as cells and words; a stub and its solution do not count as code, but the check after them does.
 """
 
 import statistics

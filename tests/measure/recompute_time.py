@@ -1,4 +1,4 @@
-"""What recomputing costs in time: a training step of 256-pixel images by policy: python -m tests.measure.recompute_time
+"""The time of a training step on 256-pixel images by recompute policy: python -m tests.measure.recompute_time
 
 Forward and backward pass of L/16 and XL/16 in float32 on this machine's CPU, two images, policies interleaved in one
 run, medians relative to `none`.
@@ -19,7 +19,7 @@ BATCH = 2
 
 
 def seconds(model: PixNerd) -> float:
-    """Of one forward and backward pass."""
+    """The time of one forward and backward pass."""
     image, noise = torch.randn(2, BATCH, 3, 256, 256)
     labels, t = torch.randint(0, 1000, (BATCH,)), torch.rand(BATCH)
     begin = time.perf_counter()
@@ -36,7 +36,7 @@ def main() -> None:
             for policy, spent in times.items():
                 model.recompute = policy
                 took = seconds(model)
-                if turn:  # the first one allocates
+                if turn:  # the first round allocates
                     spent.append(took)
         medians = {policy: statistics.median(spent) for policy, spent in times.items()}
         print(size, {policy: round(median / medians["none"], 2) for policy, median in medians.items()})

@@ -1,7 +1,7 @@
-"""What loading the largest file in the layout of the released weights costs.
+"""What it costs to load the largest file in the layout of the released weights.
 
-python -m tests.measure.released writes an XL/16 checkpoint (2.8 GB, float32) into a temporary folder and loads it in a
-fresh process: peak resident memory beside the weights' size, and seconds.
+python -m tests.measure.released writes an XL/16 checkpoint (2.8 GB, float32) to a temporary folder and loads it in a
+fresh process: peak resident memory relative to the weights' size, and seconds.
 """
 
 import re
@@ -19,7 +19,7 @@ from ..runs.released_layout import as_released
 
 
 def peak_gib() -> float:
-    """The most memory this process was seen with, mapped files included (Linux; getrusage would count the parent's)."""
+    """This process's peak memory, mapped files included (Linux; getrusage would count the parent's)."""
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
 
 
@@ -28,7 +28,7 @@ def load_and_report(path: str) -> None:
     model = load_released(path)
     seconds = time.perf_counter() - begin
     loaded = peak_gib() - before
-    total = sum(float(parameter.detach().sum()) for parameter in model.parameters())  # every page has to be there now
+    total = sum(float(parameter.detach().sum()) for parameter in model.parameters())  # reads every page
     weights = sum(parameter.numel() for parameter in model.parameters()) * 4 / 2**30
     print(f"weights {weights:.2f} GiB (checksum {total:.3f}), loaded in {seconds:.1f} s")
     print(f"peak memory over the empty process: {loaded / weights:.2f}x when loaded, ", end="")

@@ -1,4 +1,4 @@
-"""How long a training step takes, beside the same network written as its equations read.
+"""How long a training step takes, against the same network written as its equations read.
 
 python -m tests.measure.step_time
 

@@ -15,12 +15,12 @@ def test_real_digits_agree_with_themselves_wherever_the_frame_ends():
     assert digit_agreement(pixels, labels) >= 0.95
     assert digit_agreement(pixels, (labels + 1) % 10) <= 0.05
     framed = torch.full_like(pixels, 255)
-    framed[..., 2:30, 2:30] = pixels[..., 2:30, 2:30]  # what lies outside the middle does not count
+    framed[..., 2:30, 2:30] = pixels[..., 2:30, 2:30]  # only the centre counts
     assert digit_agreement(framed, labels) == digit_agreement(pixels, labels)
 
 
 def test_left_out_real_digits_are_read_by_the_others():
-    """A second computation, by distances in torch: k = 3, ties to the smallest label."""
+    """An independent computation with distances in torch: k = 3, ties to the smallest label."""
     pixels, labels = Digits(28).batch(range(5000))
     flat = pixels.flatten(1).double() / 255
     distances = torch.cdist(flat, flat).fill_diagonal_(torch.inf)

@@ -1,4 +1,4 @@
-"""The detector of shapes: right on true drawings, and on wrong ones it says what is wrong."""
+"""The detector of shapes: correct on true drawings, and it says what is wrong with false ones."""
 
 import dataclasses
 
@@ -46,16 +46,16 @@ def test_true_drawings_are_read_without_a_mistake(size):
     assert true_score(TRUE, size).overall == 1
 
 
-def test_a_picture_a_little_noisy_or_soft_is_read_all_the_same():
+def test_a_slightly_noisy_or_soft_picture_is_still_read():
     images, g = drawn(SOME), torch.Generator().manual_seed(0)
     noisy = (images + 8 * torch.randn(images.shape, generator=g)).clamp(0, 255).to(torch.uint8)
     for worse in (noisy, gaussian_blur(images, 7, 0.7), (0.9 * images.double() + 12).to(torch.uint8)):
         assert score_scenes(worse, SOME).overall >= 0.99
-    # and one that is far too noisy or soft is not taken for what it may once have been
+    # and one that is far too noisy or soft is not recognised
     noisy = (images + 60 * torch.randn(images.shape, generator=g)).clamp(0, 255).to(torch.uint8)
     for gone in (noisy, gaussian_blur(images, 15, 3.0)):
         score = score_scenes(gone, SOME)
-        assert score.overall < 0.2  # one large object can be told from its shadow
+        assert score.overall < 0.2  # one large object can be recognised by its blurred outline
         assert score.tasks["composition"] == 0
 
 
@@ -76,7 +76,7 @@ def test_what_holds_no_objects_shows_no_caption():
         score = score_scenes(images, SOME)
         assert score.tasks == dict.fromkeys(TASKS, 0.0)
         assert score.parts["count"] == score.parts["position"] == score.parts["binding"] == 0
-        assert score.parts["object"] < 0.05  # clouds look like circles now and then
+        assert score.parts["object"] < 0.05  # clouds sometimes look like circles
 
 
 def another(used, options):
@@ -88,7 +88,7 @@ def recoloured(scene, colours):
 
 
 def expect(changed, scenes_asked, **parts):
-    """What each changed drawing shows of the caption that was asked for; a part that is not named is right."""
+    """Check what each changed drawing shows of its caption; parts that are not named are right."""
     for scene, verdict in zip(scenes_asked, verdicts(drawn(changed), scenes_asked), strict=True):
         names, related, pair = scene.names_colours, scene.relation, len(scene.groups) == 2
         asked = {"object": True, "count": True, "colour": names, "position": related, "binding": names and pair}
@@ -124,7 +124,7 @@ def test_one_object_of_another_colour_breaks_the_binding():
         first = dataclasses.replace(first, colour=another({o.colour for o in scene.objects}, COLOURS))
         changed.append(dataclasses.replace(scene, objects=(first, *rest)))
     assert len(asked) > 5
-    expect(changed, asked, binding=False)  # the other of the two still has the colour
+    expect(changed, asked, binding=False)  # the other one still has the colour
 
 
 def test_an_object_more_or_less_is_a_wrong_count():
@@ -136,7 +136,7 @@ def test_an_object_more_or_less_is_a_wrong_count():
     for scene in single:
         [thing] = scene.objects
         x, y = (0.22 if place > 0.5 else 0.78 for place in (thing.x, thing.y))
-        small = dataclasses.replace(thing, radius=0.14)  # so that it does not touch the other
+        small = dataclasses.replace(thing, radius=0.14)  # so that the two do not touch
         more.append(dataclasses.replace(scene, objects=(small, dataclasses.replace(small, x=x, y=y))))
     expect(more, single, count=False)
     other = [
@@ -145,7 +145,7 @@ def test_an_object_more_or_less_is_a_wrong_count():
         )
         for s, t in ((scene, scene.objects[0]) for scene in more)
     ]
-    expect(other, single, count=False)  # all that was asked for is there, and something else
+    expect(other, single, count=False)  # everything requested is there, and something else
 
 
 def test_a_missing_group_is_a_missing_object():
@@ -177,7 +177,7 @@ def test_mirrored_scenes_have_the_wrong_position():
         moved.append(dataclasses.replace(scene, objects=tuple(mirrored)))
     expect(moved, asked, position=False)
     opposite = [dataclasses.replace(scene, relation=INVERSE[scene.relation]) for scene in asked]
-    expect(moved, opposite)  # which is what the opposite caption asks for
+    expect(moved, opposite)  # as the opposite caption asks
 
 
 def thing(x, y, radius=0.1, shape="circle", colour="red"):
@@ -206,7 +206,7 @@ def test_every_object_has_to_stand_where_it_is_asked_to():
     squares = [thing(x, 0.5, shape="square", colour="blue") for x in (0.5, 0.8)]
     assert check(scene, [*circles, *squares]) == Verdict(True, True, True, True, True)
     assert check(scene, [circles[0], thing(0.6, 0.8), *squares]) == Verdict(True, True, True, False, True)
-    # something without a name is one thing too many, and one too many is wrong wherever it is
+    # an unnamed object is one too many, and an extra object is wrong anywhere
     assert check(scene, [*circles, *squares, thing(0.9, 0.1, shape=None)]) == Verdict(True, False, True, True, True)
     assert check(scene, [*circles, *squares, thing(0.1, 0.5)]) == Verdict(True, False, True, True, True)
     assert check(scene, [*circles, squares[0], thing(0.9, 0.1, shape="square", colour=None)]).binding is False
@@ -217,7 +217,7 @@ def test_every_object_has_to_stand_where_it_is_asked_to():
 
 
 def draw_by_hand(inside, colour=(25, 50, 225), background=(255, 255, 255), size=32, fine=16):
-    """uint8 [1, 3, S, S]: what is inside by the points' own x and y, around the middle, as shares of the side."""
+    """uint8 [1, 3, S, S]: the points that are `inside` by x and y from the centre, as fractions of the side."""
     points = (np.arange(size * fine) + 0.5) / (size * fine) - 0.5
     mask = inside(points[None, :], points[:, None]).reshape(size, fine, size, fine).mean((1, 3))
     colour, background = (np.array(value, dtype=float)[:, None, None] for value in (colour, background))
@@ -256,12 +256,12 @@ def test_a_disc_with_a_lump_or_a_bite_fits_less_and_less():
     sizes = np.array([misfit(size) for size in (0, 0.05, 0.1, 0.2)])
     assert (np.diff(sizes, axis=0) > 0).all()
     assert (sizes[0] < 0.001).all()
-    assert (sizes[1] < scenes.MISFIT).all()  # a little lump does not make another thing of it
+    assert (sizes[1] < scenes.MISFIT).all()  # a small lump does not make it another shape
     assert (sizes[3] > scenes.MISFIT).all()
 
 
 def test_misfit_is_what_its_formula_says():
-    """A square of 12 pixels with a hole of 4: the area of 128 pixels fits a square of √128 exactly in the middle."""
+    """A square of side 12 with a hole of side 4: its area, 128 pixels, fits a centred square of side √128 best."""
     image = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
     image[:, :, 10:22, 10:22] = torch.tensor([25, 50, 225], dtype=torch.uint8).view(3, 1, 1)
     image[:, :, 14:18, 14:18] = 255
@@ -296,7 +296,7 @@ def test_connected_pixels_have_one_number(seed, share):
     for found, one in zip(scenes._label(mask), mask, strict=True):
         expected, count = ndimage.label(one.numpy(), np.ones((3, 3)))
         pairs = set(zip(found.flatten().tolist(), expected.flatten().tolist(), strict=True))
-        assert len(pairs) == count + (not one.all())  # one number for one number
+        assert len(pairs) == count + (not one.all())  # a one-to-one mapping
         assert found.bool().equal(one)
 
 
@@ -306,7 +306,7 @@ def test_areas_and_middles_of_areas(shape):
     area, below = scenes.MOMENTS[shape]
     assert covered.sum() == pytest.approx(area * 400, rel=1e-9)
     centre = covered.sum(1) @ (np.arange(64) + 0.5) / covered.sum()
-    assert centre == pytest.approx(32 + below * 20, abs=0.005)  # a pixel's share counts at its middle
+    assert centre == pytest.approx(32 + below * 20, abs=0.005)  # a pixel's share counts at its centre
     assert covered.sum(0) @ (np.arange(64) + 0.5) / covered.sum() == pytest.approx(32, abs=1e-9)
 
 
@@ -360,7 +360,7 @@ def evaluate(*arguments):
     main(["evaluate", *map(str, arguments)])
 
 
-def test_a_text_run_draws_captions_and_is_scored_once(text_run, monkeypatch, capsys):
+def test_a_text_run_samples_captions_and_is_scored_once(text_run, monkeypatch, capsys):
     command = (text_run.folder, "--reference", "shapes:held-out", "--network", "scenes", "--draw", 9, "--batch-size", 4)
     evaluate(*command)
     [row] = text_run.metrics()["evaluations"]
@@ -379,8 +379,8 @@ def test_a_text_run_draws_captions_and_is_scored_once(text_run, monkeypatch, cap
 
 
 @pytest.mark.parametrize("classes", ["equal", "random"])
-def test_each_caption_is_compared_with_its_own_drawing(text_run, monkeypatch, capsys, classes):
-    """A model that draws the caption it is given, known by its features, is right every time."""
+def test_each_caption_is_compared_with_its_own_sample(text_run, monkeypatch, capsys, classes):
+    """A model that renders the caption it is given, recognised by its features, is right every time."""
     asked = []
 
     class Encoder:
@@ -393,7 +393,7 @@ def test_each_caption_is_compared_with_its_own_drawing(text_run, monkeypatch, ca
     by_caption = {scene.captions[0]: scene for scene in (make_scene("train", index) for index in range(20_000))}
 
     def draw(model, text, sampling, *, unconditional, **options):
-        assert unconditional.flatten().tolist() == [0.0]  # the empty caption is the first that is read
+        assert unconditional.flatten().tolist() == [0.0]  # the empty caption is encoded first
         assert asked[0] == ""
         return to_float(drawn([by_caption[asked[int(number)]] for number in text.flatten()]))
 

@@ -47,7 +47,7 @@ def test_moments_keep_their_digits_in_float32_batches_far_from_zero():
 
 @given(st.floats(0.1, 3), st.floats(0.1, 3), st.floats(-2, 2))
 def test_frechet_distance_of_known_gaussians(a, b, shift):
-    """Of Gaussians with commuting covariances it is |Δμ|² + Σ (√λ − √λ')², also when a common rotation hides that."""
+    """For Gaussians with commuting covariances it is |Δμ|² + Σ (√λ − √λ')², even under a common rotation."""
     turn = torch.linalg.qr(random(4, 4)).Q
     first, second = torch.tensor([a, 1.0, 2.0, 0.0]).double(), torch.tensor([b, 3.0, 2.0, 0.5]).double()
     mean = torch.full((4,), shift).double()
@@ -67,7 +67,7 @@ def test_frechet_distance_is_torch_fidelitys_and_symmetric():
 
 
 def test_frechet_distance_of_fewer_images_than_features_is_torch_fidelitys():
-    """Singular covariances: where a root of a general matrix gets complex and an eigenvalue a little negative."""
+    """Singular covariances, where a general matrix root becomes complex and an eigenvalue slightly negative."""
     first, second = random(12, 40), 1 + random(15, 40, seed=1)
     ours = [(found.mean, found.covariance) for found in map(moments, (first, second))]
     theirs = [metric_fid.fid_features_to_statistics(features) for features in (first, second)]
@@ -84,13 +84,13 @@ def test_kernel_distance_is_torch_fidelitys():
 
 
 def test_kernel_distance_is_unbiased():
-    """Of two sets of one kind it is 0 on average, and without the correction it would not be."""
+    """For two sets from one distribution it is 0 on average, which it would not be without the correction."""
     both = random(4000, 5).split(2000)
     distance = kernel_distance(*both, subsets=200, subset_size=40)
     assert abs(distance.mean) < 3 * distance.deviation / math.sqrt(200) + 0.02
     assert distance.deviation > 0
     kernel = (both[0] @ both[0].T / 5 + 1) ** 3
-    assert float(kernel.diagonal().mean()) / 40 > 0.1  # what leaving the diagonal in would add
+    assert float(kernel.diagonal().mean()) / 40 > 0.1  # what the diagonal would add
 
 
 def test_inception_score_is_torch_fidelitys_of_the_permuted_images(monkeypatch):

@@ -62,7 +62,7 @@ def write_lines(path, rows):
 
 
 def prompts_of(benchmark, folder):
-    """The prompts above, written and read."""
+    """The prompts above, written to a file and read back."""
     if benchmark == "dpg":
         (folder / "prompts").mkdir(exist_ok=True)
         for name, text in DPG.items():
@@ -77,7 +77,7 @@ def noise(places, indices):
     return sample_noise((3, *SIZE), indices) * 0.4 + torch.tensor(places)[:, None, None, None] * 0.2
 
 
-def drawn(out, prompts, sample=noise, batch_size=3, settings=None):
+def sampled(out, prompts, sample=noise, batch_size=3, settings=None):
     begin(out, prompts, EACH[prompts.benchmark], settings or {"seed": 0})
     return list(draw(out, pictures(prompts, EACH[prompts.benchmark]), sample, batch_size))
 
@@ -94,7 +94,7 @@ def prompts(request, tmp_path):
 # --- prompts -------------------------------------------------------------------------------------------------------
 
 
-def test_prompts_are_read_in_order_with_all_that_a_line_says(tmp_path):
+def test_prompts_are_read_in_order_with_their_complete_lines(tmp_path):
     geneval = prompts_of("geneval", tmp_path)
     assert [entry.name for entry in geneval.entries] == ["00000", "00001", "00002"]
     assert [entry.text for entry in geneval.entries] == [row["prompt"] for row in GENEVAL]
@@ -126,7 +126,7 @@ def test_the_digest_is_what_sha256sum_prints(tmp_path):
     if shutil.which("sha256sum"):
         printed = subprocess.run(command, shell=True, cwd=dpg.path, capture_output=True, text=True, check=True).stdout
         assert dpg.digest == printed[:12]
-    (dpg.path / "1.txt").rename(dpg.path / "2.txt")  # the same texts under other ids are other prompts
+    (dpg.path / "1.txt").rename(dpg.path / "2.txt")  # the same texts under other ids count as other prompts
     assert read_prompts("dpg", dpg.path).digest != dpg.digest
 
 
@@ -153,14 +153,14 @@ def test_how_much_of_the_benchmark_a_file_holds(prompts):
         (b"\xff\xfe", "is not UTF-8"),
     ],
 )
-def test_a_file_that_is_no_prompts_is_said(tmp_path, content, sentence):
+def test_a_file_without_prompts_is_refused(tmp_path, content, sentence):
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(content)
     with pytest.raises(InputError, match=sentence.replace("[", r"\[")):
         read_prompts("geneval", path)
 
 
-def test_other_wrong_prompts_are_said(tmp_path):
+def test_other_wrong_prompts_are_refused(tmp_path):
     with pytest.raises(InputError, match="'genevil' is unknown; known ones: geneval, dpg, geneval2"):
         read_prompts("genevil", tmp_path)
     with pytest.raises(InputError, match=r"nothing\.jsonl cannot be read"):
@@ -182,7 +182,7 @@ def test_other_wrong_prompts_are_said(tmp_path):
 
 def test_geneval_is_laid_out_as_its_script_reads_it(tmp_path):
     out = tmp_path / "out"
-    drawn(out, prompts_of("geneval", tmp_path))
+    sampled(out, prompts_of("geneval", tmp_path))
     names = {f"{p:05}/samples/{i:04}.png" for p in range(3) for i in range(4)}
     assert files(out / "images").keys() == names | {f"{p:05}/metadata.jsonl" for p in range(3)}
     for place, row in enumerate(GENEVAL):
@@ -196,7 +196,7 @@ def test_geneval_is_laid_out_as_its_script_reads_it(tmp_path):
 
 def test_dpg_is_one_grid_for_each_id_cut_as_its_script_does(tmp_path):
     out, side = tmp_path / "out", SIZE[0]
-    drawn(out, prompts_of("dpg", tmp_path))
+    sampled(out, prompts_of("dpg", tmp_path))
     assert files(out / "images").keys() == {f"{name}.png" for name in DPG}
     with Image.open(out / "images/20.png") as image:
         assert image.size == (2 * side, 2 * side)
@@ -210,7 +210,7 @@ def test_dpg_is_one_grid_for_each_id_cut_as_its_script_does(tmp_path):
 
 def test_geneval2_has_a_map_from_the_prompt_to_the_picture(tmp_path):
     out, prompts = tmp_path / "out", prompts_of("geneval2", tmp_path)
-    drawn(out, prompts)
+    sampled(out, prompts)
     paths = json.loads((out / "paths.json").read_text())
     assert list(paths) == [row["prompt"] for row in GENEVAL2]
     for place, path in enumerate(paths.values()):
@@ -220,12 +220,12 @@ def test_geneval2_has_a_map_from_the_prompt_to_the_picture(tmp_path):
 
 def test_grey_images_become_colour(tmp_path):
     prompts = prompts_of("geneval2", tmp_path)
-    drawn(tmp_path / "out", prompts, lambda places, indices: noise(places, indices)[:, :1])
+    sampled(tmp_path / "out", prompts, lambda places, indices: noise(places, indices)[:, :1])
     check_images(tmp_path / "out", prompts, 1, SIZE)
 
 
 @pytest.mark.parametrize(("benchmark", "each"), [("geneval", 0), ("geneval", 1000), ("dpg", 1), ("geneval2", 4)])
-def test_a_number_of_images_that_does_not_fit_is_said(tmp_path, benchmark, each):
+def test_a_wrong_number_of_images_is_refused(tmp_path, benchmark, each):
     with pytest.raises(InputError, match=f"images_per_prompt is {each}; {benchmark} takes"):
         begin(tmp_path / "out", prompts_of(benchmark, tmp_path), each, {})
     assert not (tmp_path / "out").exists()
@@ -239,7 +239,7 @@ def test_noise_depends_on_prompt_and_number_alone(tmp_path):
     assert len(set(indices)) == 3 * 5
 
 
-def test_source_says_what_was_drawn(prompts, tmp_path):
+def test_source_records_what_was_sampled(prompts, tmp_path):
     out, each = tmp_path / "out", EACH[prompts.benchmark]
     source = begin(out, prompts, each, {"seed": 3, "interval": (0.0, 1.0)})
     assert source == json.loads((out / "source.json").read_text())
@@ -265,10 +265,10 @@ def test_source_says_what_was_drawn(prompts, tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
 def test_an_interruption_anywhere_changes_nothing(prompts, tmp_path, batch_size):
-    def coupled(places, indices):  # as on a GPU, where what else is in the batch decides the last bits
+    def coupled(places, indices):  # as on a GPU, where the rest of the batch decides the last bits
         return noise(places, indices) + 0.02 * sum(indices[:3])
 
-    drawn(tmp_path / "whole", prompts, coupled, batch_size)
+    sampled(tmp_path / "whole", prompts, coupled, batch_size)
     whole, count = files(tmp_path / "whole" / "images"), len(pictures(prompts, EACH[prompts.benchmark]))
 
     def dying(calls):
@@ -283,7 +283,7 @@ def test_an_interruption_anywhere_changes_nothing(prompts, tmp_path, batch_size)
     out = tmp_path / "broken"
     for _ in range(count + 1):  # one batch after each start, then the end
         try:
-            done = drawn(out, prompts, dying([1]), batch_size)
+            done = sampled(out, prompts, dying([1]), batch_size)
             break
         except KeyboardInterrupt:
             assert files(out / "images").items() <= whole.items()
@@ -293,20 +293,20 @@ def test_an_interruption_anywhere_changes_nothing(prompts, tmp_path, batch_size)
     (out / "images" / lost).unlink()
     kept = out / "images" / pictures(prompts, EACH[prompts.benchmark])[-2].path
     kept.write_bytes(b"is here")
-    drawn(out, prompts, coupled, batch_size)
-    assert kept.read_bytes() == b"is here"  # though its batch was drawn again
+    sampled(out, prompts, coupled, batch_size)
+    assert kept.read_bytes() == b"is here"  # although its batch was sampled again
     kept.write_bytes(whole[kept.relative_to(out / "images").as_posix()])
     assert files(out / "images") == whole
 
 
-def test_what_is_there_is_not_drawn_again(prompts, tmp_path):
-    drawn(tmp_path / "out", prompts)
+def test_existing_pictures_are_not_sampled_again(prompts, tmp_path):
+    sampled(tmp_path / "out", prompts)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.png")}
 
     def never(places, indices):
-        raise AssertionError("drawn again")
+        raise AssertionError("sampled again")
 
-    assert drawn(tmp_path / "out", prompts, never)[-1] == len(before)
+    assert sampled(tmp_path / "out", prompts, never)[-1] == len(before)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.png")} == before
 
 
@@ -321,16 +321,16 @@ def test_a_picture_has_its_name_only_when_it_is_complete(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", torn)
     with pytest.raises(OSError, match="no space"):
-        drawn(out, prompts)
+        sampled(out, prompts)
     assert not list(out.rglob("*.png"))
     monkeypatch.setattr(Image.Image, "save", original)
-    drawn(out, prompts)
+    sampled(out, prompts)
     check_images(out, prompts, 1, SIZE)
     assert not list(out.rglob(".*"))
 
 
 @given(batch_size=st.integers(1, 40), each=st.integers(1, 6), count=st.integers(1, 9))
-def test_every_batch_is_full_and_every_image_drawn_once(tmp_path_factory, batch_size, each, count):
+def test_every_batch_is_full_and_every_image_sampled_once(tmp_path_factory, batch_size, each, count):
     folder = tmp_path_factory.mktemp("batches")
     rows = [{"tag": "colors", "include": [], "prompt": f"prompt {i}"} for i in range(count)]
     prompts = read_prompts("geneval", write_lines(folder / "prompts.jsonl", rows))
@@ -349,12 +349,12 @@ def test_every_batch_is_full_and_every_image_drawn_once(tmp_path_factory, batch_
     assert len(seen[-1]) <= batch_size
 
 
-def test_a_grid_is_not_torn_apart(tmp_path):
+def test_a_grid_stays_in_one_batch(tmp_path):
     seen = []
     for batch_size, sizes in [(1, [4, 4, 4]), (7, [4, 4, 4]), (8, [8, 4])]:
         seen.clear()
         out = tmp_path / f"out-{batch_size}"
-        drawn(out, prompts_of("dpg", tmp_path), lambda p, i: seen.append(len(i)) or noise(p, i), batch_size)
+        sampled(out, prompts_of("dpg", tmp_path), lambda p, i: seen.append(len(i)) or noise(p, i), batch_size)
         assert seen == sizes
     with pytest.raises(InputError, match="batch_size is 0"):
         draw(tmp_path, pictures(prompts_of("dpg", tmp_path), 4), noise, 0)
@@ -364,7 +364,7 @@ def test_a_grid_is_not_torn_apart(tmp_path):
 
 
 def test_a_complete_folder_passes(prompts, tmp_path):
-    drawn(tmp_path / "out", prompts)
+    sampled(tmp_path / "out", prompts)
     check_images(tmp_path / "out", prompts, EACH[prompts.benchmark], SIZE)
 
 
@@ -383,7 +383,7 @@ def spoil(path, how):
 @pytest.mark.parametrize("how", ["missing", "cannot be read", "pixels", "blank"])
 def test_a_picture_that_cannot_be_scored_is_named(prompts, tmp_path, how):
     out, each = tmp_path / "out", EACH[prompts.benchmark]
-    drawn(out, prompts)
+    sampled(out, prompts)
     name = pictures(prompts, each)[1].path
     spoil(out / "images" / name, how)
     with pytest.raises(InputError, match=rf"is not ready to be scored: {name} .*{how}"):
@@ -392,7 +392,7 @@ def test_a_picture_that_cannot_be_scored_is_named(prompts, tmp_path, how):
 
 def test_a_blank_quarter_of_a_grid_is_named(tmp_path):
     out, prompts = tmp_path / "out", prompts_of("dpg", tmp_path)
-    drawn(out, prompts)
+    sampled(out, prompts)
     with Image.open(out / "images/1.png") as image:
         pixels = np.array(image)
     pixels[6:, :6] = pixels[6:, :6] // 255 + 90  # barely above a colour
@@ -403,7 +403,7 @@ def test_a_blank_quarter_of_a_grid_is_named(tmp_path):
 
 def test_blank_means_less_than_a_level_of_contrast(tmp_path):
     prompts, out = prompts_of("geneval2", tmp_path), tmp_path / "out"
-    drawn(out, prompts)
+    sampled(out, prompts)
     pixels = np.full((6, 6, 3), 128, dtype=np.uint8)
     for step, passes in [(1, False), (3, True)]:  # deviations of 0.5 and 1.5 in one channel
         pixels[::2, :, 2] = 128 + step
@@ -424,21 +424,21 @@ def test_the_first_three_of_many_are_named_and_the_rest_counted(tmp_path):
     assert str(caught.value) == f"{out / 'images'} is not ready to be scored: {first} and 9 more"
 
 
-def test_what_is_too_much_or_belongs_elsewhere_is_named(tmp_path):
+def test_surplus_and_misplaced_files_are_named(tmp_path):
     out, prompts = tmp_path / "out", prompts_of("geneval", tmp_path)
-    drawn(out, prompts)
-    (out / "images" / ".DS_Store").touch()  # the scorers pass over it
+    sampled(out, prompts)
+    (out / "images" / ".DS_Store").touch()  # the scorers ignore it
     with pytest.raises(InputError, match=r"00000/samples/0002\.png was not asked for, .* and 3 more"):
         check_images(out, prompts, 2, SIZE)
     write_lines(out / "images/00001/metadata.jsonl", [GENEVAL[0]])
     with pytest.raises(InputError, match=r"scored: 00001/metadata\.jsonl is not the prompt's line$"):
         check_images(out, prompts, 4, SIZE)
     moved, prompts = tmp_path / "moved", prompts_of("geneval2", tmp_path)
-    drawn(tmp_path / "there", prompts)
+    sampled(tmp_path / "there", prompts)
     (tmp_path / "there").rename(moved)
     with pytest.raises(InputError, match=r"paths\.json does not name these pictures"):
         check_images(moved, prompts, 1, SIZE)
-    drawn(moved, prompts)  # writes it anew
+    sampled(moved, prompts)  # writes it again
     check_images(moved, prompts, 1, SIZE)
 
 
@@ -446,7 +446,7 @@ def test_what_is_too_much_or_belongs_elsewhere_is_named(tmp_path):
 
 
 def geneval_results(path, correct, each=4):
-    """What evaluate_images.py writes, in no order: correct[place][number]."""
+    """The output of evaluate_images.py, in arbitrary order: correct[prompt][number]."""
     rows = [
         {
             "filename": f"somewhere/images/{place:05}/samples/{number:04}.png",
@@ -532,7 +532,7 @@ def test_dpg_has_its_last_score_and_its_broad_categories(tmp_path):
     scores = read_results(path, prompts, 4)
     assert scores.values == {"overall": 75.0, "entity": 80.20394949821949, "other": 50.0}
     assert scores.images == 12
-    path.write_text(DPG_RESULTS.replace("entity: 8", "entity: 1") + DPG_RESULTS)  # of two evaluations the later
+    path.write_text(DPG_RESULTS.replace("entity: 8", "entity: 1") + DPG_RESULTS)  # the later of two evaluations
     assert read_results(path, prompts, 4) == scores
     path.write_text("DPG-Bench score: 1.5\nsome noise\n dpg-bench score = 83.25 %\n")
     assert read_results(path, prompts, 4) == benchmarks.Scores({"overall": 83.25}, None)
@@ -589,8 +589,8 @@ def test_geneval2_of_other_prompts_is_refused(tmp_path, content, sentence):
 
 def test_the_commands_name_what_lies_there(prompts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    out = Path("an out")  # a space, and not absolute: the commands are typed elsewhere
-    drawn(out, prompts)
+    out = Path("an out")  # with a space and not absolute: the commands run elsewhere
+    sampled(out, prompts)
     words = [word.strip("()") for command in scoring_commands(out, prompts, 6) for word in shlex.split(command)]
     named = [Path(word) for word in words if word.startswith("/")]
     results = results_path(out, prompts.benchmark).resolve()

@@ -67,11 +67,11 @@ def test_half_written_checkpoints_are_never_seen(tmp_path):
     (tmp_path / ".partial-step-10").mkdir()
     (tmp_path / ".partial-step-10" / "model.safetensors").write_bytes(b"half")
     assert newest_checkpoint(tmp_path) == finished
-    checkpoint(tmp_path, 10, seed=1)  # and do not stand in the way of the next try
+    checkpoint(tmp_path, 10, seed=1)  # and do not block the next attempt
     assert not (tmp_path / ".partial-step-10").exists()
 
 
-def test_what_cannot_be_loaded_is_said(tmp_path):
+def test_what_cannot_be_loaded_is_reported(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         load(tmp_path / "nothing")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
@@ -87,7 +87,7 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
         load(tmp_path / "foreign.safetensors")
 
 
-def test_released_sizes_are_read_off_the_shapes():
+def test_released_sizes_are_inferred_from_shapes():
     model = load_released(GOLDEN)
     assert model.num_classes == 10
     assert model.config == ModelConfig(
@@ -157,13 +157,13 @@ def test_code_in_a_pickle_does_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_truncated_released_file_is_said(tmp_path):
+def test_a_truncated_released_file_is_reported(tmp_path):
     (tmp_path / "short.ckpt").write_bytes(Path(GOLDEN).read_bytes()[:100_000])
     with pytest.raises(InputError, match=r"short.ckpt is damaged"):
         load_released(tmp_path / "short.ckpt")
 
 
-def test_hub_ids_are_fetched_and_problems_said(monkeypatch):
+def test_hub_ids_are_downloaded_and_problems_reported(monkeypatch):
     huggingface_hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repository: ["README.md", "weights.ckpt"])
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, name: {"weights.ckpt": GOLDEN}[name])

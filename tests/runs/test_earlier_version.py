@@ -1,4 +1,4 @@
-"""A run of before the package's redesign (made by commit a692dde): it loads, goes on, and what it measured is found."""
+"""A run from before the package's redesign (commit a692dde): it loads and resumes, and its measurements are found."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ def run(tmp_path):
     return Run(shutil.copytree(MADE, tmp_path / "run"))
 
 
-def test_it_goes_on_where_it_stopped_with_the_losses_of_the_code_that_made_it(run):
+def test_it_resumes_where_it_stopped_with_the_losses_of_its_own_code(run):
     (run.folder / "losses.json").rename(run.folder.parent / "losses.json")
     expected = json.loads((run.folder.parent / "losses.json").read_text())
     config = replace(run.config(), out=str(run.folder))
@@ -44,7 +44,7 @@ def test_what_it_measured_is_found_and_not_measured_again(run, monkeypatch):
     assert evaluate(config).scores == row["scores"]
 
 
-def test_entries_that_it_did_not_know_have_their_defaults():
+def test_settings_that_it_did_not_know_get_their_defaults():
     entries = json.loads((MADE / "config.json").read_text())
     for name in ("perceptual", "perceptual_weight", "extra_ema_decays"):
         del entries[name]

@@ -45,7 +45,7 @@ def test_log_is_cut_at_a_step_and_a_half_line_is_left_out(tmp_path):
     assert [entry["step"] for entry in run.read_log()] == [10, 20, 25]
 
 
-def test_the_same_run_goes_on_and_may_become_longer(tmp_path):
+def test_the_same_run_resumes_and_may_become_longer(tmp_path):
     run = Run(tmp_path / "run")
     run.begin(TrainConfig(steps=5, model=SIZES["nano/8"], betas=(0.9, 0.99)))
     run.begin(TrainConfig(steps=9, model=SIZES["nano/8"], betas=(0.9, 0.99)))
@@ -55,12 +55,12 @@ def test_the_same_run_goes_on_and_may_become_longer(tmp_path):
     assert run.config().model == SIZES["nano/8"]
 
 
-def test_an_executing_notebook_may_lie_in_the_folder_first(tmp_path):
+def test_a_running_notebook_may_be_in_the_folder_first(tmp_path):
     (tmp_path / "quickstart.ipynb").write_text("{}")
     Run(tmp_path).begin(TrainConfig(steps=5))
 
 
-def test_missing_files_are_said(tmp_path):
+def test_missing_files_are_reported(tmp_path):
     with pytest.raises(InputError, match="holds no run"):
         Run(tmp_path).config()
     with pytest.raises(InputError, match="run `pixnerd sample"):

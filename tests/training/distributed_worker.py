@@ -44,7 +44,7 @@ def config(folder: Path, way: str) -> TrainConfig:
 
 
 def work(folder: Path, kill: bool) -> None:
-    """Train in every way and note the losses; with `kill`, die by SIGKILL when all are just past a checkpoint."""
+    """Train in every way and record the losses; with `kill`, die by SIGKILL just after every run's checkpoint."""
     unfinished = []
     for way in WAYS:
         records, losses = train(config(folder, way), torch.device("cpu")), []
@@ -61,7 +61,7 @@ def work(folder: Path, kill: bool) -> None:
 
 
 def alone(folder: Path, way: str) -> list[float]:
-    """The losses of the same training, or of the rest of it, in one process that keeps the whole model."""
+    """The losses of the same run, or of its remaining steps, in one process that holds the full model."""
     records = train(dataclasses.replace(config(folder, way), shard=False), torch.device("cpu"))
     return [float(record.loss) for record in records]
 

@@ -1,4 +1,4 @@
-"""Alignment on tiny random DINOv2s that the tests make; EfficientNet where its wheel is."""
+"""Alignment with tiny random DINOv2s that the tests create; EfficientNet if its wheel is installed."""
 
 import sys
 
@@ -63,7 +63,7 @@ def test_loss_trains_a_projector_and_refuses_another_shape():
 
 @pytest.fixture(scope="module")
 def dinov2(tmp_path_factory):
-    """Folders with random DINOv2s of 8 features, by what is special about them."""
+    """Folders with random DINOv2s of 8 features, named by what is special about them."""
     transformers = pytest.importorskip("transformers")
     base = {"image_size": 28, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2}
     models = {
@@ -80,7 +80,7 @@ def dinov2(tmp_path_factory):
 
 
 def bicubic(inputs, outputs):
-    """The matrix [outputs, inputs] of bicubic resizing without antialias: Keys' kernel, a = −3/4, edges repeated."""
+    """The matrix [outputs, inputs] of bicubic resizing without antialiasing: Keys' kernel, a = −3/4, edges repeated."""
     matrix = np.zeros((outputs, inputs))
     for row in range(outputs):
         centre = (row + 0.5) * inputs / outputs - 0.5
@@ -94,7 +94,7 @@ def bicubic(inputs, outputs):
 
 @pytest.mark.parametrize(("kind", "extra"), [("plain", 1), ("registers", 4)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_dinov2_sees_normalised_images_at_14_pixels_a_token(dinov2, kind, extra, channels):
+def test_dinov2_sees_normalised_images_at_14_pixels_per_token(dinov2, kind, extra, channels):
     transformers = pytest.importorskip("transformers")
     images = random(2, channels, 48, 32).float().clamp(-1, 1)
     rgb = np.repeat(images.numpy(), 3, 1) if channels == 1 else images.numpy()
@@ -117,7 +117,7 @@ def test_dinov2_sees_normalised_images_at_14_pixels_a_token(dinov2, kind, extra,
     assert not any(parameter.requires_grad for parameter in teacher.network.parameters())
 
 
-def test_teachers_that_cannot_work_are_refused(dinov2, tiny_folder, tmp_path, monkeypatch):
+def test_unsuitable_teachers_are_refused(dinov2, tiny_folder, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="is a dinov2 with patch size 7; a DINOv2 with patch size 14 is needed"):
         frozen.load(str(dinov2 / "patch 7"))
     with pytest.raises(InputError, match="is a bert with patch size None"):
@@ -137,7 +137,7 @@ def efficientnet():
     return frozen.load("efficientnet")
 
 
-def test_efficientnet_gives_block_10_at_16_pixels_a_token(efficientnet):
+def test_efficientnet_gives_block_10_at_16_pixels_per_token(efficientnet):
     assert isinstance(efficientnet, EfficientNet)
     assert (efficientnet.name, efficientnet.features) == ("efficientnet", 112)
     seen = []
@@ -185,7 +185,7 @@ def test_the_cache_asks_for_each_key_once():
     assert inner.seen == [0, 1, 3, 2]
     cached(images, (1, 2), keys)
     assert inner.seen == [0, 1, 3, 2]
-    assert cached(images[:1], (2, 2), keys[:1]).shape == (1, 4, 2)  # another grid is another look
+    assert cached(images[:1], (2, 2), keys[:1]).shape == (1, 4, 2)  # another grid is a miss
     assert inner.seen == [0, 1, 3, 2, 0]
 
 

@@ -1,4 +1,4 @@
-"""Two processes on a CPU (gloo), started by torchrun as on a cluster, beside one that computes everything alone."""
+"""Two processes on a CPU (gloo), started by torchrun as on a cluster, against one that computes everything."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def torchrun(*arguments, processes=2, **options):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Runs that nobody stopped; and runs whose processes were killed past step 7, as they were then, and resumed."""
+    """Uninterrupted runs; and runs whose processes were killed past step 7, before and after they were resumed."""
     root = tmp_path_factory.mktemp("distributed")
     for name in ("straight", "resumed"):
         (root / name).mkdir()
@@ -52,14 +52,14 @@ def losses(folder, way):
 
 
 def tensors(folder):
-    """Every file's tensors as bytes; the order of a header's entries is no part of them."""
+    """Every file's tensors as bytes; the order of entries in a header does not matter."""
     read = {path.relative_to(folder): deserialize(path.read_bytes()) for path in folder.rglob("*.safetensors")}
     return {path: {name: bytes(entry["data"]) for name, entry in entries} for path, entries in read.items()}
 
 
 @ways
 def test_killed_and_resumed_is_the_same_run_bit_for_bit(folders, way):
-    """Model, both moving averages and the optimiser, as every process wrote them."""
+    """Model, both moving averages and the optimiser, as each process wrote them."""
     straight = folders / "straight" / way / "checkpoints" / f"step-{STEPS}"
     assert tensors(straight) == tensors(folders / "resumed" / way / "checkpoints" / f"step-{STEPS}")
     assert (straight / "ema-0.5.safetensors").is_file()
@@ -86,16 +86,16 @@ def test_two_processes_train_what_one_trains(folders, way, tmp_path):
 
 
 @ways
-def test_one_process_goes_on_with_what_two_began(folders, way, tmp_path):
+def test_one_process_resumes_what_two_began(folders, way, tmp_path):
     shutil.copytree(folders / "killed" / way, tmp_path / way)
-    if WAYS[way].get("shard"):  # the one process keeps the model whole: that setting may change between stop and resume
+    if WAYS[way].get("shard"):  # the single process does not shard: this setting may change when a run is resumed
         assert (tmp_path / way / "checkpoints" / f"step-{KILLED_AFTER}" / "shards").is_dir()
     rest = distributed_worker.alone(tmp_path, way)
     assert rest == pytest.approx(losses(folders / "straight", way)[KILLED_AFTER:], rel=1e-4)
 
 
-def test_sigterm_writes_a_checkpoint_and_ends_well(tmp_path):
-    """A single process ends with 0; the same command then goes on."""
+def test_sigterm_writes_a_checkpoint_and_exits_cleanly(tmp_path):
+    """A single process exits with 0; the same command then resumes."""
     flags = ["--data", "synthetic", "--size", "nano/8", "--model.image-size", "16", "--batch-size", "4"]
     flags += ["--out", str(tmp_path / "run"), "--steps", "100000", "--log-every", "1", "--checkpoint-every", "100000"]
     command = [sys.executable, "-m", "pixnerd", "train", *flags]
@@ -116,7 +116,7 @@ def test_positions_cover_the_batch_once():
     assert [i for world in worlds for i in world.positions(12)] == list(range(12))
 
 
-def test_bad_spreading_is_refused(tmp_path):
+def test_an_uneven_division_is_refused(tmp_path):
     config = distributed_worker.config(tmp_path, "replicated")
     with pytest.raises(InputError, match="batch_size 8 cannot be shared evenly by 1 processes in 3 parts each"):
         train(replace(config, accumulate=3), torch.device("cpu"))

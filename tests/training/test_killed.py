@@ -1,7 +1,7 @@
-"""Kill −9 at random moments, in the middle of writing a checkpoint too: no announced step is lost, no half is read.
+"""kill −9 at random moments, even while a checkpoint is written: no announced step is lost, nothing half-written read.
 
-The training runs are children of one process that has imported torch already (python -m tests.training.test_killed):
-each is there in milliseconds, and can be killed like any other.
+The training runs are children of one process that has already imported torch (python -m tests.training.test_killed):
+each starts within milliseconds and can be killed like any other.
 """
 
 import os
@@ -23,14 +23,14 @@ EVERY = 3  # steps between checkpoints
 
 
 def serve():
-    """For each folder in stdin: train there in a process of its own, tell its number, its steps, and how it ended."""
+    """For each folder on stdin: train there in a new process; print its process id, its steps and how it ended."""
     import torch
 
     from pixnerd.training import train
 
     from .test_training import CPU, config_for
 
-    torch.set_num_threads(1)  # a fork does not take a pool of threads along
+    torch.set_num_threads(1)  # a fork does not inherit a pool of threads
     for line in sys.stdin:
         config = config_for(line.strip(), steps=STEPS, checkpoint_every=EVERY, keep_checkpoints=2, log_every=10)
         pid = os.fork()
@@ -63,7 +63,7 @@ def start(server, folder):
 
 
 def announced(folder):
-    """The step that `latest` names: what whoever looks may rely on."""
+    """The step that `latest` names, on which every reader may rely."""
     latest = folder / "checkpoints" / "latest"
     return int(latest.read_text().strip().removeprefix("step-")) if latest.exists() else 0
 
@@ -82,7 +82,7 @@ def half_written(folder):
 
 
 def stop_while_half_written(pid, folder):
-    """Stop the process in the middle of writing a checkpoint; one that got away before the signal came goes on."""
+    """Suspend the process while it writes a checkpoint; if it finishes writing before the signal, try again."""
     process, leftovers = psutil.Process(pid), half_written(folder)
     is_writing = lambda: half_written(folder) not in ([], leftovers)
     hang = time.monotonic() + 300
@@ -110,7 +110,7 @@ def test_twenty_kills_lose_no_announced_step_and_change_nothing(tmp_path):
         for kill in range(KILLS):
             kept = newest(killed)
             pid = start(server, killed)
-            if kill % 4:  # every fourth dies while it starts
+            if kill % 4:  # every fourth one dies while it starts
                 assert answer(server, "step") == kept + 1
             if kill % 2:
                 stop_while_half_written(pid, killed)
@@ -126,7 +126,7 @@ def test_twenty_kills_lose_no_announced_step_and_change_nothing(tmp_path):
             start(server, folder)
             assert answer(server, "end") == 0
         server.stdin.close()
-    assert seen_half >= KILLS // 2  # or nothing was shown about half-written ones
+    assert seen_half >= KILLS // 2  # otherwise half-written checkpoints were not tested
     assert final_files(killed) == final_files(straight)  # weights, averages and optimiser, bit for bit
     assert logged_steps(killed) == logged_steps(straight) == list(range(10, STEPS + 1, 10))
     assert not [path for path in (killed / "checkpoints").iterdir() if path.name.startswith(".")]

@@ -1,4 +1,4 @@
-"""The auxiliary losses beside plain float64 computations; JPEG's tables beside those that Pillow writes."""
+"""The auxiliary losses against plain float64 computations; JPEG's tables against those that Pillow writes."""
 
 import io
 from unittest.mock import MagicMock
@@ -51,7 +51,7 @@ def test_colours_are_orthonormal_and_only_the_first_has_luminance():
 
 
 def plain_frequency_loss(error, quality):
-    """Luminance is the part of an error along Y's direction, chrominance all the rest of it."""
+    """Luminance is the component of an error along Y, chrominance everything else."""
     tables = quantisation_tables(quality).numpy()
     weights = [(1 / table) / (1 / table).mean() for table in tables]
     direction = np.array([0.299, 0.587, 0.114]) if error.shape[0] == 3 else np.ones(1)
@@ -90,7 +90,7 @@ def test_coarse_errors_cost_more_than_fine_ones():
 def test_frequency_loss_keeps_float32_under_autocast_and_after_inference_mode():
     error = random(2, 3, 8, 8).float()
     with torch.inference_mode():
-        frequency_weighted(error, 61)  # the constants of this quality are made here
+        frequency_weighted(error, 61)  # this quality's constants are created here
     error.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         loss = frequency_weighted(error, 61)
@@ -181,7 +181,7 @@ def test_noisy_times_do_not_count(network):
     assert estimate.grad.abs().amax((1, 2, 3)).gt(0).tolist() == [False, False, True, True]
 
 
-def test_gradients_of_the_perceptual_loss_reach_the_estimate_alone(network):
+def test_gradients_of_the_perceptual_loss_reach_only_the_estimate(network):
     network.train()
     image, estimate = random(2, 2, 3, 8, 8).unbind()
     image.requires_grad_()
@@ -217,7 +217,7 @@ def test_efficientnet_features_are_the_outputs_of_its_blocks():
         features.network._blocks[index].register_forward_hook(
             lambda block, inputs, output, index=index: seen.update({index: output})
         )
-    features.network.extract_features(images)  # the package's own way through all blocks
+    features.network.extract_features(images)  # the package's own pass through all blocks
     expected = list(seen.values())
     outputs = features.maps(images)
     shapes = [(1, 16, 112, 112), (1, 24, 56, 56), (1, 40, 28, 28), (1, 112, 14, 14)]
@@ -225,7 +225,7 @@ def test_efficientnet_features_are_the_outputs_of_its_blocks():
     torch.testing.assert_close(outputs, expected)
 
 
-def test_efficientnet_sees_noise_as_further_than_less_noise():
+def test_more_noise_is_further_away_in_efficientnet_features():
     pytest.importorskip("efficientnet_lite_pytorch")
     loss = PerceptualLoss(EfficientNet())
     image = torch.linspace(-1, 1, 32).expand(1, 1, 32, 32)

@@ -1,4 +1,4 @@
-"""A training on photographs as people have them: mixed sizes, grey, CMYK, turned by EXIF, and one file cut off."""
+"""Training on ordinary photographs: mixed sizes, grey, CMYK, rotated by EXIF, and one truncated file."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]  # of the qua
 GREYS = [(76,) * 3, (150,) * 3, (29,) * 3, (255,) * 3]  # their luminance, ITU-R 601
 SIZES = [(64, 48), (48, 64), (40, 40), (203, 121)]  # width and height, upright
 LARGER = dataclasses.replace(MODEL, image_size=32)
-ORIENTATION = 0x0112  # the EXIF tag; 6: turn clockwise to see the picture upright
+ORIENTATION = 0x0112  # the EXIF tag; 6: rotate clockwise to see the picture upright
 
 
 def quadrants(width, height):
@@ -31,7 +31,7 @@ def quadrants(width, height):
 def save(image, path, kind):
     options = {"quality": 95}
     if kind == "turned":
-        image = image.transpose(Image.Transpose.ROTATE_90)  # counter-clockwise, as the tag undoes it
+        image = image.transpose(Image.Transpose.ROTATE_90)  # counter-clockwise, which the tag undoes
         options["exif"] = Image.Exif()
         options["exif"][ORIENTATION] = 6
     mode = {"grey": "L", "cmyk": "CMYK"}.get(kind, "RGB")
@@ -42,7 +42,7 @@ def save(image, path, kind):
 
 @pytest.fixture
 def photographs(tmp_path):
-    """16 pictures of the same four quadrants: path by kind and size."""
+    """16 pictures of the same four quadrants, named by kind and size."""
     for kind in ("cmyk", "colour", "grey", "turned"):
         (tmp_path / "photographs" / kind).mkdir(parents=True)
         for width, height in SIZES:
@@ -59,7 +59,7 @@ def test_colours_and_directions_are_those_of_the_upright_picture(photographs):
         assert (middles - torch.tensor(expected)).abs().max() <= 12, dataset.paths[index]
 
 
-def test_training_stops_at_the_file_that_is_cut_off_and_goes_on_when_it_is_whole(photographs, tmp_path, monkeypatch):
+def test_training_stops_at_a_truncated_file_and_resumes_once_it_is_complete(photographs, tmp_path, monkeypatch):
     order, read = [], ImageFolder.pixels
     monkeypatch.setattr(ImageFolder, "pixels", lambda self, index: order.append(index) or read(self, index))
     options = {"data": f"folder:{photographs}", "model": LARGER, "batch_size": 4, "steps": 8, "checkpoint_every": 2}
@@ -67,7 +67,7 @@ def test_training_stops_at_the_file_that_is_cut_off_and_goes_on_when_it_is_whole
     list(train(straight, CPU))
     assert sorted(order[:16]) == list(range(16))  # the first four steps see every picture
 
-    cut_off = data.load(straight.data, 32).paths[order[13]]  # of the fourth step
+    cut_off = data.load(straight.data, 32).paths[order[13]]  # used in the fourth step
     whole = cut_off.read_bytes()
     cut_off.write_bytes(whole[: len(whole) * 2 // 3])
     config = config_for(tmp_path / "run", **options)

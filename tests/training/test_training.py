@@ -43,7 +43,7 @@ def final_files(folder):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """A run that nobody interrupted: its folder and its losses."""
+    """An uninterrupted run: its folder and its losses."""
     folder = tmp_path_factory.mktemp("straight") / "run"
     return folder, [float(record.loss) for record in train(config_for(folder), CPU)]
 
@@ -62,7 +62,7 @@ def test_stopped_and_resumed_is_the_same_run(tmp_path, straight, stops):
 
 
 def test_a_crash_between_checkpoints_loses_only_what_came_after(tmp_path, straight):
-    """A killed process writes nothing any more: what is on the disk is the last checkpoint and a longer log."""
+    """A killed process writes nothing more: the disk has the last checkpoint and a longer log."""
     folder = tmp_path / "run"
     records = train(config_for(folder), CPU)
     for record in records:
@@ -93,7 +93,7 @@ def test_training_learns(tmp_path):
 
 
 def test_one_step_is_adamw_on_the_loss(tmp_path):
-    """The first step by hand: the loss from the drawn noise, times and labels; AdamW's first step is lr·sign(g)."""
+    """The first step by hand: the loss from the random noise, times and labels; AdamW's first step is lr·sign(g)."""
     config = config_for(tmp_path / "run", steps=1, clip=None, label_dropout=0.5)
     record = next(iter(train(config, CPU)))
     after = load(tmp_path / "run", weights="model")
@@ -207,7 +207,7 @@ def test_non_finite_loss_names_the_step_and_keeps_the_last_good_checkpoint(tmp_p
     assert load(tmp_path / "run").patch_embed.weight.isfinite().all()
 
 
-def test_unreadable_image_is_named_and_the_steps_done_are_kept(tmp_path, monkeypatch):
+def test_unreadable_image_is_named_and_completed_steps_are_kept(tmp_path, monkeypatch):
     def batch(self, indices):
         if 3 in indices:
             raise InputError("image 3 cannot be read")
@@ -233,7 +233,7 @@ def test_bfloat16_stays_near_float32(tmp_path):
 
 
 def test_fields_are_trained_at_every_decode_size_and_resume_exactly(tmp_path, monkeypatch):
-    """The loss of a step, by hand: the drawn size's images, and a transformer that sees the model's own size."""
+    """The loss of a step by hand: images at the chosen size, and a transformer that sees the model's own size."""
     config = config_for(tmp_path / "run", decode_sizes=(16, 24, 48), steps=9, horizontal_flip=False, label_dropout=0)
     sizes = [step_size(config, step) for step in range(9)]
     assert set(sizes) == {16, 24, 48}
@@ -263,7 +263,7 @@ def batch_of(dataset, config, step):
 
 
 class Means:
-    """A teacher that sees the mean colour of every token's part, and counts the images it looked at."""
+    """A teacher whose features are the mean colour of each token's patch, and that counts the images it sees."""
 
     name, features, seen = "means", 3, 0
 
@@ -273,7 +273,7 @@ class Means:
 
 
 def test_alignment_teaches_a_block_the_teachers_features(tmp_path, monkeypatch):
-    """The angle shrinks; a run stopped and resumed is the same run; a cached teacher looks at every image once."""
+    """The angle shrinks; a resumed run is identical; a cached teacher sees every image once."""
     monkeypatch.setattr("pixnerd.frozen.load", lambda *_: Means())
     options = {"align": "means", "align_block": 1, "steps": 60, "log_every": 20, "clip": None, "batch_size": 40}
     config = config_for(tmp_path / "run", **options, checkpoint_every=25)
@@ -291,11 +291,11 @@ def test_alignment_teaches_a_block_the_teachers_features(tmp_path, monkeypatch):
     Means.seen = 0
     cached = dataclasses.replace(config, out=str(tmp_path / "cached"), cache_teacher=True, horizontal_flip=False)
     list(train(cached, CPU))
-    assert Means.seen == 1000  # images of the data set, in 60 · 40 places
+    assert Means.seen == 1000  # images of the data set, although 60 · 40 were trained on
 
 
 class Pooled(torch.nn.Module):
-    """Two layers of features that make up a network of the user's own."""
+    """Two layers of features as a user's own network."""
 
     def __init__(self):
         super().__init__()
@@ -306,7 +306,7 @@ class Pooled(torch.nn.Module):
 
 
 def test_perceptual_loss_of_an_exported_network_joins_the_loss(tmp_path, perceptual_network):
-    """It is logged, changes the weights in proportion to its weight, and a resumed run is the same run."""
+    """It is logged, affects the weights in proportion to its own weight, and a resumed run is identical."""
     config = config_for(tmp_path / "run", perceptual=str(perceptual_network), perceptual_weight=0.5)
     records = train(config, CPU)
     for _ in range(7):
@@ -362,7 +362,7 @@ def test_a_perceptual_network_that_cannot_be_read_is_refused_before_there_is_a_r
     assert not (tmp_path / "run").exists()
 
 
-def test_alignment_ends_when_told(tmp_path, monkeypatch):
+def test_alignment_ends_at_the_given_step(tmp_path, monkeypatch):
     monkeypatch.setattr("pixnerd.frozen.load", lambda *_: Means())
     Means.seen = 0
     config = config_for(tmp_path / "run", align="means", align_block=1, align_until=4)
@@ -374,7 +374,7 @@ def test_alignment_ends_when_told(tmp_path, monkeypatch):
 
 
 def test_frequency_weights_replace_the_plain_mean_square(tmp_path):
-    """Quality 100 has equal weights, so it is the plain loss; quality 50 is not."""
+    """Quality 100 has equal weights and gives the plain loss; quality 50 does not."""
     first = {}
     for quality in (None, 100, 50):
         config = config_for(tmp_path / str(quality), frequency_quality=quality, steps=1)
@@ -393,7 +393,7 @@ def test_decode_sizes_have_to_fit_the_tokens():
 
 
 def test_start_from_takes_the_moving_average_of_another_run(tmp_path, straight):
-    """With a learning rate of nothing the weights stay what they were, also at another image size."""
+    """With a vanishing learning rate the weights stay the same, even at another image size."""
     larger = dataclasses.replace(MODEL, image_size=32)
     config = config_for(
         tmp_path / "run", steps=2, learning_rate=1e-30, start_from=str(straight[0]), model=larger, ema_decay=0.5
@@ -460,7 +460,7 @@ def test_another_runs_folder_is_refused(tmp_path, straight):
 
 
 def test_text_models_train_on_captions_through_the_same_loop(tmp_path, monkeypatch, tiny_folder):
-    """Resumed bit for bit; the captions shown are the drawn ones, the dropped ones empty."""
+    """Resumed bit for bit; each image shows the caption chosen at random, or an empty one if it is dropped."""
     monkeypatch.setenv("PIXNERD_DATA", str(tmp_path / "data"))
 
     def captioned(name, image_size):
@@ -505,7 +505,7 @@ def test_text_models_train_on_captions_through_the_same_loop(tmp_path, monkeypat
     assert 0.3 < odd.count("a red cat") / len(odd) < 0.7
 
     wider = config_for(tmp_path / "d", **{**options, "model": dataclasses.replace(model, text_features=384)})
-    with pytest.raises(InputError, match="gives 12 features a token; the model reads 384"):
+    with pytest.raises(InputError, match="gives 12 features per token; the model reads 384"):
         train(wider, CPU)
     monkeypatch.setattr(data, "load", original)
     options["model"] = dataclasses.replace(model, image_size=32)
