@@ -42,7 +42,7 @@ minilm: setup
 
 # Two processes with one thread each: on two cores, faster than one process with two threads.
 test: setup minilm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

@@ -7,12 +7,17 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["sampling", "training"],
+    submodules=[
+        *("conditions", "config", "cost", "data", "distributed", "encodings", "evaluation", "fields", "flow", "frozen"),
+        *("launch", "layers", "metrics", "model", "plots", "randomness", "recipes", "sampling", "solvers", "text"),
+        *("checkpoints", "released", "runs", "training"),
+    ],
     submod_attrs={
         "errors": ["InputError"],
         "model": ["PixNerd"],
         "model_config": ["SIZES", "ModelConfig", "TextModelConfig"],
-        "runs": ["load", "load_released"],
+        "checkpoints": ["load"],
+        "released": ["load_released"],
         "sampling": ["sample"],
         "text": ["TextPixNerd"],
     },

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from typing_extensions import Doc
 
 from . import data
 from .config import EvaluationConfig, SamplingConfig, TrainConfig
@@ -25,7 +26,7 @@ from .model_config import SIZES
 from .recipes import RECIPES
 from .runs import Run
 
-DataSetName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=f"one of {data.NAMES}")]
+DataSetName = Annotated[str, tyro.conf.Positional, Doc(f"one of {data.NAMES}")]
 OwnSampling = Annotated[SamplingConfig, tyro.conf.arg(name="")]
 
 
@@ -98,9 +99,9 @@ class Sample:
         import torch
         from tqdm import tqdm
 
+        from .checkpoints import load
         from .conditions import model_conditions
         from .distributed import default_device
-        from .runs import load
         from .sampling import sample_batches
 
         if self.count < 1:
@@ -174,7 +175,8 @@ class Convert:
     """which checkpoint of the repository, if it has several"""
 
     def run(self) -> None:
-        from .runs import load_released, save_model
+        from .checkpoints import save_model
+        from .released import load_released
 
         if self.out.exists():
             raise InputError(f"{self.out} exists already; choose another name or remove it")

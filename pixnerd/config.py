@@ -5,13 +5,18 @@ The defaults are the published ones (arXiv 2507.23268). Nothing here needs torch
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from typing_extensions import Doc  # the help of a field whose choices are named elsewhere
 
 from . import frozen
 from .checks import Count, Index, NotNegative, Positive, Share, check_fields
+from .data import NAMES as DATA_SET_NAMES
 from .errors import InputError
 from .model_config import SIZES, ModelConfig, Recompute, check_resolution, model_config
 from .solvers import SOLVERS
+
+ALIGNED = f"{', '.join(frozen.IMAGE_NETWORKS)}, a DINOv2's folder or hub id (published: facebook/dinov2-base)"
 
 
 @dataclass(frozen=True)
@@ -23,8 +28,7 @@ class SamplingConfig:
 
     steps: Count = 100
     """solver steps"""
-    solver: str = "euler"
-    """one of pixnerd.solvers.SOLVERS"""
+    solver: Annotated[str, Doc(f"one of {', '.join(SOLVERS)}")] = "euler"
     guidance: float = 3.5
     """w in v_u + w·(v_c − v_u); 1 means no guidance"""
     interval: tuple[float, float] | None = (0.1, 1.0)
@@ -56,8 +60,7 @@ class TrainConfig:
     """the run's folder"""
 
     # --- data ---
-    data: str = "folder:data/imagenet/train"
-    """name of the data set; `pixnerd data --help` lists them"""
+    data: Annotated[str, Doc(f"one of {DATA_SET_NAMES}")] = "folder:data/imagenet/train"
     decode_sizes: tuple[int, ...] = ()
     """image sides in pixels, one chosen at random for each step: what the fields decode while the transformer sees
     model.image_size; empty: that size alone"""
@@ -107,8 +110,7 @@ class TrainConfig:
     """shift of the training times; above 1 means more noise"""
     frequency_quality: int | None = None
     """weigh the velocity error by frequency as JPEG of this quality does, 1 … 100 (DeCo, 2511.19365); None: equally"""
-    align: str = ""
-    """REPA: the teacher that tokens are aligned with: facebook/dinov2-base, a folder or efficientnet; empty: none"""
+    align: Annotated[str, Doc(f"REPA: whose features a block's tokens are aligned with: {ALIGNED}; empty: none")] = ""
     align_block: Count = 8
     """the block whose tokens are aligned, counted from 1; published: 8, and 6 for text"""
     align_weight: NotNegative = 0.5

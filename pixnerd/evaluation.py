@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import data, frozen
+from .checkpoints import load, newest_checkpoint
 from .conditions import Conditions, Subject, model_conditions
 from .config import EvaluationConfig
 from .distributed import World, join
@@ -23,7 +24,7 @@ from .metrics.images import Images, open_images
 from .metrics.nearest import digit_agreement
 from .metrics.scenes import score_scenes, true_score
 from .model import PatchDenoiser
-from .runs import Run, load, newest_checkpoint
+from .runs import Run
 from .sampling import sample
 
 

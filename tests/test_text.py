@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from pixnerd import InputError, load, load_released, sample
+from pixnerd.checkpoints import save_model
 from pixnerd.layers import rotary_table
-from pixnerd.runs import save_model
 from pixnerd.sampling import sample_noise
 from pixnerd.text import TEXT_SIZES, TextModelConfig, TextPixNerd
 

@@ -17,13 +17,14 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from ..checkpoints import load
 from ..conditions import Conditions, Subject, model_conditions
 from ..config import SamplingConfig, TrainConfig
 from ..data import to_uint8
 from ..distributed import default_device
 from ..errors import InputError
 from ..model import PatchDenoiser
-from ..runs import Run, load
+from ..runs import Run
 from ..sampling import State, trajectory
 from ..solvers import SOLVERS
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..checkpoints import load
 from ..config import TrainConfig
 from ..model import PixNerd
 from ..recipes import quickstart
-from ..runs import Run, load
+from ..runs import Run
 from ..training import train
 
 

@@ -9,6 +9,8 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import InputError
+
 if TYPE_CHECKING:
     import torch
 
@@ -33,6 +35,11 @@ def load(source: str, device: torch.device | str = "cpu", weights: str | None = 
     """
     module, _, kind = IMAGE_NETWORKS.get(source, "").partition(".")
     if not module:
+        if not Path(source).exists() and "/" not in source:
+            known = ", ".join(IMAGE_NETWORKS)
+            raise InputError(
+                f"network {source!r} is unknown; known: {known}, a file, a folder or a hub id (OWNER/NAME)"
+            )
         module, kind = ("exported", "Exported") if Path(source).is_file() else ("dinov2", "Dinov2")
         weights = source
     return getattr(importlib.import_module(f".{module}", __name__), kind)(weights, device)

@@ -13,7 +13,7 @@ class FrozenNetwork(nn.Module):
     """An image network in evaluation mode, with fixed weights. A subclass provides one or more kinds of features."""
 
     name: str
-    features: int
+    features: int = 0
     """F of its tokens"""
     measure: str
     """suffix for metrics of its pooled features, "EffLite0" in KID-EffLite0; empty for Inception, as in FID"""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .. import flow
+from ..checkpoints import load, load_training_state, newest_checkpoint, save_checkpoint
 from ..conditions import Conditions, training_conditions
 from ..config import TrainConfig
 from ..data import ImageDataset
@@ -23,8 +24,7 @@ from ..errors import InputError, NonFiniteLoss
 from ..fields import NeuralFieldHead
 from ..model import PatchDenoiser
 from ..randomness import Purpose, derived_seed
-from ..runs import Run, load, newest_checkpoint
-from ..runs.checkpoints import load_training_state, save_checkpoint
+from ..runs import Run
 from ..text import build_network
 from .batches import Batch, load_datasets, step_batches
 from .losses import LossTerm, loss_terms, velocity_measure
@@ -254,12 +254,12 @@ def compute_gradients(job: Job, state: TrainingState, batch: Batch) -> Tensor:
 
 
 def check_finite(job: Job, state: TrainingState) -> None:
-    """Raise NonFiniteLoss if a loss since the last log entry was not finite."""
-    if (ago := state.window.first_bad()) is not None:
+    """Raise NonFiniteLoss if a loss, or a gradient, since the last log entry was not finite."""
+    if (bad := state.window.first_bad()) is not None:
         state.consistent = False
         folder, saved = job.run.checkpoints, state.saved
         kept = f"step {saved} is kept in {folder}" if saved else "there was no checkpoint yet"
-        raise NonFiniteLoss(f"the loss of step {state.step + 2 - ago} is not finite; {kept}")
+        raise NonFiniteLoss(f"the {bad.what} of step {state.step + 2 - bad.ago} is not finite; {kept}")
 
 
 def update_weights(job: Job, state: TrainingState) -> float:

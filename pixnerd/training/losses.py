@@ -42,8 +42,8 @@ class LossTerm(NamedTuple):
     name: str
     weight: float
     value: Callable[[FlowLoss, Batch], Tensor]  # → 0-dim
-    tap: int | None = None  # the block whose tokens it uses, counted from 1
-    trained: nn.Module | None = None  # a network that is trained with the model
+    tap: int | None = None  # the block whose tokens it uses, counted from 1; one term of a run may have a tap
+    trained: nn.Module | None = None  # a network that is trained with the model; one term of a run may have one
     until: int | None = None  # the step after which it no longer counts
 
     def counts(self, step: int) -> bool:
@@ -80,7 +80,7 @@ def loss_terms(config: TrainConfig, world: World) -> list[LossTerm]:
 
 def perceptual_term(config: TrainConfig, device: torch.device) -> Callable[[FlowLoss, Batch], Tensor]:
     """The function that gives a batch's mean perceptual loss. Raises InputError when its network is missing."""
-    if config.perceptual != "efficientnet" and not Path(config.perceptual).is_file():
+    if config.perceptual not in frozen.IMAGE_NETWORKS and not Path(config.perceptual).is_file():
         raise InputError(
             f"perceptual is {config.perceptual!r}; it has to be efficientnet or a file that torch.export.save wrote"
         )
@@ -272,6 +272,8 @@ class Alignment:
 
     def __init__(self, config: TrainConfig, world: World):
         teacher = frozen.load(config.align, world.device)
+        if not teacher.features:
+            raise InputError(f"{teacher.name} gives no features of image patches, which REPA needs")
         self.grid = (config.model.image_size // config.model.patch_size,) * 2
         self.tokens = teacher.tokens
         self.cache = CachedTokens(teacher.tokens) if config.cache_teacher else None

@@ -1,7 +1,7 @@
 """What a training run reports: losses, gradient norms and speed, for log.jsonl and TensorBoard."""
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,13 @@ from ..cost import forward_flops, matmul_rate
 from ..distributed import World, full_tensor
 from ..runs import Run
 from ..text import build_network
+
+
+class Bad(NamedTuple):
+    """What became infinite or not a number."""
+
+    what: str  # loss or gradient
+    ago: int  # steps ago, 1 = the last step
 
 
 class LossWindow:
@@ -35,10 +42,13 @@ class LossWindow:
         self.norms.append(full_tensor(norm))
         self.times.append(t)
 
-    def first_bad(self) -> int | None:
-        """How many steps ago (1 = the last step) the loss first became non-finite; None if all are finite."""
-        finite = torch.stack(self.losses).isfinite().tolist()
-        return None if all(finite) else len(finite) - finite.index(False)
+    def first_bad(self) -> Bad | None:
+        """The first loss or gradient that is not finite; None if all are finite."""
+        kinds = {"loss": self.losses, "gradient": self.norms}
+        finite = {what: torch.stack(values).isfinite().tolist() for what, values in kinds.items()}
+        steps = len(self.losses)
+        bad = [Bad(what, steps - step) for step in range(steps) for what in kinds if not finite[what][step]]
+        return bad[0] if bad else None
 
     def summary(self, world: World) -> dict[str, Any]:
         """loss, gradient_norm, the other terms by name, and loss_by_t: ten means, None for a tenth without images.

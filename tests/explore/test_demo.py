@@ -17,9 +17,9 @@ from PIL import Image, ImageSequence
 from torchvision.transforms.functional import pil_to_tensor
 
 from pixnerd import InputError, ModelConfig, TextModelConfig, data, load, sample, training
+from pixnerd.checkpoints import newest_checkpoint, save_model
 from pixnerd.explore import demo as module
 from pixnerd.explore.demo import Request, animation, demo, frame, number, open_run, picture, states, table, whole_number
-from pixnerd.runs import newest_checkpoint, save_model
 from pixnerd.sampling import SamplingConfig
 
 from ..conftest import randomised

@@ -15,7 +15,7 @@ import torch
 
 from pixnerd import SIZES, PixNerd, load_released
 
-from ..runs.released_layout import as_released
+from ..released_layout import as_released
 
 
 def peak_gib() -> float:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from pixnerd.checkpoints import newest_checkpoint
 from pixnerd.runs import Run
-from pixnerd.runs.checkpoints import newest_checkpoint
 
 KILLS = 20
 STEPS = 480

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from pixnerd import InputError, data
+from pixnerd.checkpoints import newest_checkpoint
 from pixnerd.data.folder import ImageFolder
-from pixnerd.runs.checkpoints import newest_checkpoint
 from pixnerd.training import train
 
 from .test_training import CPU, MODEL, config_for, final_files

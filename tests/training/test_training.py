@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import math
 
@@ -511,3 +512,31 @@ def test_text_models_train_on_captions_through_the_same_loop(tmp_path, monkeypat
     options["model"] = dataclasses.replace(model, image_size=32)
     with pytest.raises(InputError, match="data set 'digits' has no captions"):
         train(config_for(tmp_path / "e", data="digits", **options), CPU)
+
+
+def test_an_overflowed_gradient_of_a_finite_loss_stops_before_it_reaches_the_weights(tmp_path):
+    config = config_for(tmp_path / "run", checkpoint_every=2, log_every=100)
+
+    def overflow(module, inputs, output):
+        if isinstance(module, PixNerd) and output.requires_grad and next(calls) == 3:
+            output.register_hook(lambda gradient: gradient * math.inf)
+
+    calls = itertools.count(1)
+    hook = torch.nn.modules.module.register_module_forward_hook(overflow)
+    with pytest.raises(NonFiniteLoss, match="the gradient of step 3 is not finite; step 2 is kept"):
+        list(train(config, CPU))
+    hook.remove()
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step-2\n"
+    for weights in ("model", "ema"):
+        assert all(tensor.isfinite().all() for tensor in load(tmp_path / "run", weights=weights).state_dict().values())
+    assert [record.step for record in train(config, CPU)] == list(range(3, 13))  # and the run can go on
+
+
+@pytest.mark.parametrize("weight", [1e39, 0.5])
+def test_a_term_that_overflows_never_reaches_a_checkpoint(tmp_path, perceptual_network, weight):
+    config = config_for(tmp_path / "run", perceptual=str(perceptual_network), perceptual_weight=weight, steps=2)
+    if weight == 0.5:
+        return list(train(config, CPU))
+    with pytest.raises(NonFiniteLoss, match="the gradient of step 1 is not finite; there was no checkpoint yet"):
+        list(train(config, CPU))
+    assert not list((tmp_path / "run/checkpoints").iterdir())

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from pixnerd import InputError, ModelConfig, PixNerd, load, load_released
+from pixnerd.checkpoints import newest_checkpoint, save_checkpoint, save_model
 from pixnerd.distributed import World
-from pixnerd.runs.checkpoints import newest_checkpoint, save_checkpoint, save_model
 
-from ..conftest import SWITCHES, TINY, randomised
+from .conftest import SWITCHES, TINY, randomised
 from .released_layout import as_released
 
 GOLDEN = "tests/golden/class_p4.ckpt"

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from ..files import readable
-from ..model import PatchDenoiser
-from ..model_config import ModelConfig, TextModelConfig
-from ..text import build_network
+from .errors import InputError
+from .files import readable
+from .model import PatchDenoiser
+from .model_config import ModelConfig, TextModelConfig
+from .text import build_network
 
 RELEASED_NAMES = {  # released module → ours, class- and text-conditional; blocks are renamed separately
     "s_embedder.proj": "patch_embed",

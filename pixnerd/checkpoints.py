@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..distributed import World, full_tensor, is_sharded
-from ..errors import InputError
-from ..files import read_json, readable, sync, write_atomically
-from ..model import PatchDenoiser
-from ..model_config import model_config
-from ..text import build_network
+from .distributed import World, full_tensor, is_sharded
+from .errors import InputError
+from .files import read_json, readable, sync, write_atomically
+from .model import PatchDenoiser
+from .model_config import model_config
+from .text import build_network
 
 SHARDS = "shards"  # the folder in a sharded run's checkpoint to which every process writes its part
 LATEST = "latest"  # a text file beside the checkpoints that names the newest complete one

@@ -9,10 +9,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import TrainConfig
-from ..differences import differences
-from ..errors import InputError
-from ..files import read_json, remove_partial_files, replacing, write_atomically
+from .config import TrainConfig
+from .differences import differences
+from .errors import InputError
+from .files import read_json, remove_partial_files, replacing, write_atomically
 
 if TYPE_CHECKING:  # most of a run's files need no torch
     from torch import Tensor
@@ -96,7 +96,7 @@ class Run:
         from PIL import Image
         from torchvision.utils import make_grid
 
-        from ..data import to_uint8
+        from .data import to_uint8
 
         pixels = to_uint8(images.cpu())
         pixels = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
