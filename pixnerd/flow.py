@@ -11,7 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .model import PatchDenoiser, velocity_from_image
+from .model import PatchDenoiser
+from .model import velocity_from_image as velocity_from_image
+
+LOSS_CLAMP = 0.05  # the loss of an x-predicting model takes 1 − t for no smaller than this
 
 
 def interpolate(image: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -66,8 +69,8 @@ def loss(
 ) -> FlowLoss:
     """mean((v̂ − v)²) at x_t, with weight 1.
 
-    For a model that predicts the image, 1 − t is clamped at 0.05 in both velocities: a correct image then gives the
-    correct velocity at every t, and the weight of the image error stays at or below 400.
+    For a model that predicts the image, an error of x̂ is an error of v̂ 1/(1 − t) times as large. From t = 0.95 on the
+    velocity error is scaled by (1 − t)/0.05, so that the weight of the squared image error stays at or below 400.
 
     Args:
         model: the velocity network.
@@ -80,14 +83,13 @@ def loss(
         tap: a block of the network, 1 … blocks, whose tokens are returned as well; by default none.
     """
     x_t = interpolate(image, noise, t)
-    if model.config.prediction == "v":
-        target = velocity(image, noise)
-    else:
-        target = velocity_from_image(image, x_t, t)
     tokens = None
     if tap is None:
         estimate = model(x_t, t, condition, base_resolution)
     else:
         estimate, tokens = model(x_t, t, condition, base_resolution, tap)
-    per_image = measure(estimate - target)  # [B]
+    error = estimate - velocity(image, noise)
+    if model.config.prediction == "x":
+        error = error * ((1 - t) / LOSS_CLAMP).clamp(max=1).view(-1, 1, 1, 1)
+    per_image = measure(error)  # [B]
     return FlowLoss(per_image.mean(), per_image.detach(), clean_image(x_t, estimate, t), tokens)

@@ -19,12 +19,13 @@ from .layers import Attention, DiTBlock, TimeEmbedding, rotary_table
 from .model_config import SIZES as SIZES
 from .model_config import ModelConfig, Recompute, check_resolution
 
-MIN_REMAINING_TIME = 0.05  # lower bound of 1 − t as a divisor
+MIN_REMAINING_TIME = 1e-4  # lower bound of 1 − t as a divisor: no sampler evaluates the network nearer to t = 1
 
 
 def velocity_from_image(image: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """The velocity that leads from x_t at time t straight to `image`: (image − x_t) / max(1 − t, 0.05).
+    """The velocity that leads from x_t at time t straight to `image`: (image − x_t) / (1 − t).
 
+    A step from t to 1 with this velocity ends at `image`. At t = 1 itself, 1 − t counts as 1e-4.
     image and x_t [B, C, H, W], t [B] in [0, 1].
     """
     return (image - x_t) / (1 - t).clamp(min=MIN_REMAINING_TIME).view(-1, 1, 1, 1)

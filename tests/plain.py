@@ -173,5 +173,5 @@ def network(weights: Weights, config: ModelConfig, x: Tensor, t: Tensor, labels:
     decoded = decoded.reshape(batch, rows, columns, side, side, channels).permute(0, 5, 1, 3, 2, 4)
     out = decoded.reshape(batch, channels, height, width)
     if config.prediction == "x":
-        out = (out - x) / torch.clamp(1 - t, min=0.05)[:, None, None, None]
+        out = (out - x) / (1 - t)[:, None, None, None]
     return out

@@ -3,11 +3,14 @@ import itertools
 
 import pytest
 import torch
+from einops import rearrange
 from safetensors.torch import load_file
 
 from pixnerd import InputError, PixNerd, load_released, sample
 from pixnerd.sampling import SamplingConfig, network_passes, sample_noise, trajectory
 from pixnerd.solvers import SOLVERS
+
+from .conftest import TINY
 
 GOLDEN = "tests/golden/class_p4"
 
@@ -127,3 +130,16 @@ def test_sampling_builds_no_graph_and_takes_other_sizes(tiny):
 def test_bad_input_is_refused_at_the_call(tiny, labels, options, sentence):
     with pytest.raises(InputError, match=sentence):
         trajectory(tiny, labels, **options)  # not iterated: it has to fail before any computation
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("steps", [10, 25, 100])
+def test_a_network_that_knows_the_image_ends_at_it(solver, steps):
+    """Nothing of the noise stays, however small the last step is: 1 − t is clamped in the loss alone."""
+    image = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model = PixNerd(dataclasses.replace(TINY, prediction="x"), 5).eval()
+    model.head.forward = lambda pixels, *_: rearrange(image, "b c (h p) (w q) -> (b h w) (p q) c", p=4, q=4)
+    states = list(trajectory(model, [0, 1], solver=solver, steps=steps, guidance=1.0, seed=3))
+    torch.testing.assert_close(states[-1].image, image, rtol=0, atol=1e-5)
+    # one-step methods end exactly; a method that averages velocities is off by what they differ in rounding
+    torch.testing.assert_close(states[-1].x, image, rtol=0, atol=1e-4)

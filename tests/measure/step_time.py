@@ -35,8 +35,8 @@ def plain_loss(model: PixNerd, image, labels, noise, t):
     """flow.loss with the plain network."""
     x_t = flow.interpolate(image, noise, t)
     v = plain.network(dict(model.named_parameters()), CONFIG, x_t, t, labels)
-    denominator = (1 - t).clamp(min=0.05) if CONFIG.prediction == "x" else 1 - t
-    return ((v - (image - x_t) / denominator.view(-1, 1, 1, 1)) ** 2).mean()
+    weight = ((1 - t) / 0.05).clamp(max=1) if CONFIG.prediction == "x" else torch.ones_like(t)
+    return (((v - (image - noise)) * weight.view(-1, 1, 1, 1)) ** 2).mean()
 
 
 def plain_step() -> Callable[[], None]:
