@@ -20,6 +20,7 @@ import tyro
 from typing_extensions import Doc
 
 from . import data
+from .checks import Count, Index, check_fields
 from .config import EvaluationConfig, SamplingConfig, TrainConfig
 from .errors import InputError, NonFiniteLoss
 from .model_config import SIZES
@@ -31,7 +32,15 @@ OwnSampling = Annotated[SamplingConfig, tyro.conf.arg(name="")]
 
 
 @dataclass(frozen=True)
-class Train:
+class Command:
+    """A command whose flags are checked like every configuration's fields."""
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class Train(Command):
     """Train a model, or resume the run in --out."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
@@ -72,25 +81,25 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(Command):
     """Sample images with a run's newest checkpoint (EMA weights); sampling flags default to the run's own settings."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     """the run's folder"""
-    count: int = 100
+    count: Count = 100
     """number of images, divided evenly among the classes or prompts, in order"""
-    labels: tuple[int, ...] = ()
+    labels: tuple[Index, ...] = ()
     """classes to sample instead of all"""
     prompts: tuple[str, ...] = ()
     """captions to sample, for a text model; the labels in samples.npz are then indices into this list"""
     sampling: OwnSampling = field(default_factory=SamplingConfig)
-    image_size: tuple[int, int] | None = None
+    image_size: tuple[Count, Count] | None = None
     """height and width in pixels; by default those the model was trained at"""
-    base_resolution: tuple[int, int] | None = None
+    base_resolution: tuple[Count, Count] | None = None
     """height and width that the transformer sees while the fields decode the image size; by default the same"""
-    seed: int = 0
+    seed: Index = 0
     """seed of the noise; image i depends on (seed, i) alone"""
-    batch_size: int = 64
+    batch_size: Count = 64
     """images per batch"""
     out: Path | None = None
     """folder for samples.png and samples.npz; by default the run's"""
@@ -104,8 +113,6 @@ class Sample:
         from .distributed import default_device
         from .sampling import sample_batches
 
-        if self.count < 1:
-            raise InputError(f"count is {self.count}; it has to be at least 1")
         run, device = Run(self.source), default_device()
         config, model = run.config(), load(self.source, device=device)
         conditions = model_conditions(model, config, device)
@@ -164,7 +171,7 @@ class Evaluate(EvaluationConfig):
 
 
 @dataclass(frozen=True)
-class Convert:
+class Convert(Command):
     """Convert a checkpoint of the released PixNerd code to safetensors that pixnerd.load reads."""
 
     source: Annotated[str, tyro.conf.Positional]
@@ -188,11 +195,11 @@ class Convert:
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(Command):
     """Look at a data set: its images per class, three captions and, with --show, a contact sheet."""
 
     name: DataSetName
-    image_size: int = 32
+    image_size: Count = 32
     """pixels along a side"""
     show: bool = False
     """write a contact sheet of 100 random images"""
@@ -223,7 +230,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Prepare:
+class Prepare(Command):
     """Crop a data set once and keep plain pixels, for `train --data prepared:OUT`; the same command resumes where it
     stopped, and checks every byte of a finished copy."""
 
@@ -231,9 +238,9 @@ class Prepare:
     """a data set without captions, such as imagenet:PATH or folder:PATH"""
     out: Path
     """folder for the copy; ImageNet at 256 pixels takes 252 GB"""
-    image_size: int = 256
+    image_size: Count = 256
     """pixels along a side"""
-    workers: int = os.cpu_count() or 1
+    workers: Index = os.cpu_count() or 1
     """processes that read and crop; 0 uses this one"""
 
     def run(self) -> None:
@@ -248,10 +255,10 @@ class Prepare:
         print(f"prepared: {len(copy.images)} images in {self.out}; train on them with: --data prepared:{self.out}")
 
 
-Command = Train | Sample | Evaluate | Convert | Data | Prepare
+AnyCommand = Train | Sample | Evaluate | Convert | Data | Prepare
 
 
-def parse(arguments: Sequence[str]) -> Command:
+def parse(arguments: Sequence[str]) -> AnyCommand:
     """The command with its flags. Raises InputError for an unknown recipe or size, or a value out of range."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--recipe", default=Train.recipe)
@@ -268,7 +275,7 @@ def parse(arguments: Sequence[str]) -> Command:
     return command
 
 
-def _parse(arguments: Sequence[str], defaults: dict[str, Command]) -> Command:
+def _parse(arguments: Sequence[str], defaults: dict[str, AnyCommand]) -> AnyCommand:
     """The command with its flags; `defaults` holds the default values of some commands."""
     commands = {"train": Train, "sample": Sample, "evaluate": Evaluate, "convert": Convert, "data": Data}
     commands |= {"prepare": Prepare}

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,10 @@ def readable(path: Path, wrong: str = "is damaged or not a checkpoint") -> Itera
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
     except UNREADABLE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):  # what torch.load calls the class of a pickled object
+            reason = f"it holds an object of class {foreign[1]}, and only tensors are read"
+        else:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} {wrong}: {reason}") from error
 
 

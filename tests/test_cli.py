@@ -1,12 +1,15 @@
+import argparse
 import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 
 from pixnerd import data
-from pixnerd.cli import main
+from pixnerd.cli import main, parse
+from pixnerd.config import SamplingConfig
 
 TINY = ["--data", "synthetic", "--size", "nano/8", "--model.image-size", "16", "--batch-size", "4", "--log-every", "2"]
 
@@ -148,7 +151,13 @@ def test_another_run_in_the_folder(trained, capsys):
         (["--steps", "0"], "steps is 0"),
         (["--interval", "0.5", "0.5"], "guidance interval (0.5, 0.5)"),
         (["--solver", "rk4"], "solver 'rk4' is unknown"),
-        (["--count", "0"], "count is 0"),
+        (["--count", "0"], "count is 0; it has to be at least 1"),
+        (["--seed", "-1"], "seed is -1; it cannot be negative"),
+        (["--labels", "-1"], "labels is (-1,); it cannot be negative"),
+        (["--batch-size", "0"], "batch_size is 0"),
+        (["--image-size", "0", "16"], "image_size is (0, 16); it has to be at least 1"),
+        (["--guidance", "nan"], "guidance is nan; it has to be a finite number"),
+        (["--shift", "inf"], "shift is inf; it has to be a finite number"),
     ],
 )
 def test_bad_sampling_input(trained, capsys, flags, sentence):
@@ -182,3 +191,18 @@ def test_as_a_module_without_traceback(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 2
     assert done.stderr.strip().startswith("pixnerd: data set 'minst' is unknown")
+
+
+def test_none_and_flags_after_the_runs_own_settings(trained, tmp_path):
+    """`--interval None` guides every step; flags that are not given are the run's: its 2 steps, not 100."""
+    found = parse(["sample", str(trained), "--interval", "None"])
+    assert found.sampling == SamplingConfig(steps=2, interval=None)
+    assert parse(["evaluate", str(trained), "--guidance", "2"]).sampling == SamplingConfig(steps=2, guidance=2.0)
+
+
+def test_a_checkpoint_with_a_foreign_object_is_named_and_not_loaded(tmp_path, capsys):
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "args": argparse.Namespace(x=1)}, tmp_path / "m.ckpt")
+    assert run("convert", tmp_path / "m.ckpt", tmp_path / "m.safetensors") == 2
+    error = capsys.readouterr().err
+    assert "m.ckpt is damaged or not a checkpoint: it holds an object of class argparse.Namespace, and only" in error
+    assert error.count("\n") == 1
