@@ -17,7 +17,7 @@ class Purpose(IntEnum):
     DATA_ORDER = 1
     TRAINING_STEP = 2
     SAMPLE_NOISE = 3
-    SYNTHETIC_IMAGE = 4
+    SYNTHETIC_IMAGE = 4  # of every data set that is computed
     DECODE_SIZE = 5
     PROJECTOR_WEIGHTS = 6
 

@@ -47,6 +47,7 @@ def encode_coordinate(encoding: str, row: int, column: int, height: int, width: 
                 fx, fy = 8 * i / 7, 8 * j / 7
                 features.append(math.cos(math.pi * fx * x) * math.cos(math.pi * fy * y) / (1 + fx * fy))
         return features
+    assert encoding == "sincos", f"the plain network does not know the encoding {encoding!r}"
     x, y = position(column, width, 16.0), position(row, height, 16.0)
     features = []
     for k in range(32):

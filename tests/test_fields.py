@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pixnerd import fields
+from pixnerd.encodings import ENCODINGS
 from pixnerd.fields import LinearHead, NeuralFieldHead, coordinate_table, unit_fan_in
 
 from . import plain
@@ -35,7 +36,7 @@ def named(head):
     return {f"head.{name}": parameter for name, parameter in head.named_parameters()}
 
 
-@pytest.mark.parametrize("encoding", ["dct", "sincos", "none"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (3, 5), (1, 2)])
 def test_encodings_are_the_formulas(encoding, height, width):
     table = coordinate_table(encoding, height, width, torch.float64, CPU)

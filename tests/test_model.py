@@ -113,7 +113,7 @@ def test_bad_input(tiny, x, t, labels, sentence):
         ({"width": 30, "heads": 4}, "7.5 channels per head"),
         ({"width": 24, "heads": 4}, "6 channels per head"),
         ({"head": "conv"}, "model.head is 'conv'; allowed: field, linear"),
-        ({"encoding": "fourier"}, "allowed: dct, sincos, none"),
+        ({"encoding": "magic"}, "model.encoding is 'magic'; allowed: dct, sincos"),
         ({"weight_norm": "fc2"}, r"allowed: none, fc1, fc1\+fc2"),
         ({"prediction": "eps"}, "allowed: v, x"),
         ({"field_blocks": 0}, "model.field_blocks is 0"),
