@@ -1,8 +1,8 @@
 """Solvers: how to follow a velocity field from noise (t = 0) to an image (t = 1) in few steps.
 
-A solver is a generator: given velocity(x, t, start), an initial x and the times t_0 < t_1 < … < t_n, it yields x at
-t_1 … t_n. `start` is the time at which the step began and decides on guidance; it differs from t only in Heun's second
-evaluation. No solver evaluates the velocity at t_n. Source: arXiv 2507.23268, section 5, and the released code.
+A solver is a generator: given velocity(x, t, start), a start x and the times t_0 < t_1 < … < t_n, it yields x at
+t_1 … t_n. `start` is the time at which the step began and decides on guidance; it differs from t only where a solver
+looks a second time. No solver asks for the velocity at t_n. Source: arXiv 2507.23268, section 5, and the released code.
 """
 
 from __future__ import annotations
