@@ -57,6 +57,7 @@ class Run:
             raise InputError(f"{self.folder} is not empty and holds no run: choose another output folder")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         remove_partial_files(self.folder)
+        remove_partial_files(self.checkpoints)
         write_atomically(self.config_path, json.dumps(config.to_dict(), indent=2) + "\n")
 
     def config(self) -> TrainConfig:

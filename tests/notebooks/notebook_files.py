@@ -8,6 +8,7 @@ run may take and the processor time that it should, in units of a fixed piece of
 import ast
 import functools
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -76,19 +77,27 @@ class Finished:
     """peak resident memory of the process or of the largest that it started and waited for, a notebook's kernel"""
 
 
+# A process starts with the peak memory of the one that starts it, so a small one has to do that.
+STARTER = """
+import json, os, subprocess, sys
+process = subprocess.Popen(sys.argv[2:])
+_, status, usage = os.wait4(process.pid, 0)
+with open(sys.argv[1], "w") as file:
+    json.dump([os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss], file)
+"""
+
+
 def measured(command: list[str], folder: Path, **environment: str) -> Finished:
     """Run a command and measure it."""
-    with tempfile.TemporaryFile("w+") as output:
+    with tempfile.TemporaryDirectory() as place:
+        report, output = Path(place) / "usage.json", Path(place) / "output.txt"
         begin = time.perf_counter()
-        process = subprocess.Popen(
-            command, cwd=folder, env={**os.environ, **environment}, stdout=output, stderr=subprocess.STDOUT
-        )
-        _, status, usage = os.wait4(process.pid, 0)
+        with output.open("w") as file:
+            starter = [sys.executable, "-S", "-c", STARTER, str(report), *command]
+            subprocess.run(starter, cwd=folder, env={**os.environ, **environment}, stdout=file, stderr=file, check=True)
         seconds = time.perf_counter() - begin
-        process.returncode = os.waitstatus_to_exitcode(status)
-        output.seek(0)
-        computing = usage.ru_utime + usage.ru_stime
-        return Finished(process.returncode, output.read(), seconds, computing, usage.ru_maxrss / 2**20)  # KiB on Linux
+        code, computing, kib = json.loads(report.read_text())
+        return Finished(code, output.read_text(), seconds, computing, kib / 2**20)  # KiB on Linux
 
 
 WORK = "import torch\nx = torch.rand(512, 512)\nfor _ in range(300): x = (x @ x).softmax(1)"
