@@ -55,7 +55,7 @@ def train(config: TrainConfig, device: torch.device | None = None) -> Iterator[S
         NonFiniteLoss: while iterating; earlier checkpoints are kept.
     """
     world = join(device)
-    datasets = load_datasets(config)
+    datasets = load_datasets(config, world)
     dataset = datasets[config.image_sizes[0]]
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, channels=dataset.channels))
     if config.batch_size % (world.size * config.accumulate):
