@@ -190,6 +190,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def classes_of(checkpoint: Path) -> int | None:
+    """The number of classes that a checkpoint's model tells apart; None for a text model."""
+    with readable(checkpoint / "ema.safetensors"), safe_open(checkpoint / "ema.safetensors", "pt") as file:
+        return json.loads(file.metadata()["pixnerd"]).get("num_classes")
+
+
 def load(path: str | Path, *, weights: str = "ema", device: torch.device | str = "cpu") -> PatchDenoiser:
     """A trained model in evaluation mode.
 

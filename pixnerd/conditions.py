@@ -2,11 +2,12 @@
 
 `Labels` and `Captions` share the interface `Conditions`, the only place outside the networks where the two families of
 models differ: training, sampling, evaluation and the panels use it without asking which one they have.
-Dimension letters: B images, L tokens of a caption, F features of a token.
+Dimension letters: B images, K captions of an image at most, L tokens of a caption, F features of a token.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,11 +16,36 @@ from . import data
 from .config import TrainConfig
 from .data import ImageDataset
 from .errors import InputError
-from .frozen.text_encoder import CachedEncoder, TextEncoder, load_encoder
+from .frozen.text_encoder import CachedEncoder, TextEncoder, Tokenizer, Tokens, TransformersEncoder, load_encoder
 from .model import PatchDenoiser
 from .model_config import TextModelConfig
 
 Subject = int | str  # what an image is asked to show: a class, or a caption
+
+
+class ImageTokens(NamedTuple):
+    """Every caption of some images, as an encoder reads them."""
+
+    ids: Tensor  # [B, K, L] int64
+    lengths: Tensor  # [B, K] int64, before a caption was cut to L
+    counts: Tensor  # [B] int64, captions of each image, 1 … K
+
+
+@dataclass(frozen=True)
+class CaptionTokenizer:
+    """Tokenises the captions of training images, in the loader's workers."""
+
+    tokenizer: Tokenizer
+    captions: Sequence[tuple[str, ...]]  # those of every training image
+
+    def __call__(self, indices: Sequence[int]) -> ImageTokens:
+        """All captions of the images at these indices: choosing one is left to the device, where the choice is."""
+        texts = [self.captions[index] for index in indices]
+        counts = torch.tensor([len(captions) for captions in texts])
+        most = int(counts.max())
+        padded = [caption for captions in texts for caption in (*captions, *[""] * (most - len(captions)))]
+        ids, lengths = self.tokenizer(padded)
+        return ImageTokens(ids.view(len(texts), most, -1), lengths.view(len(texts), most), counts)
 
 
 class Conditions(Protocol):
@@ -31,11 +57,15 @@ class Conditions(Protocol):
     """the network's number of classes; None if it is told captions"""
     nothing: Tensor
     """what stands for no label or no caption, for guidance: [] or [L, F]"""
+    tokenizer: CaptionTokenizer | None
+    """what the loader's workers make of an image's captions; None if they need not"""
 
     def encode(self, subjects: Sequence[Subject]) -> Tensor:
         """The model's input [B, …] for B classes or captions. Raises InputError for subjects of the other kind."""
 
-    def of_images(self, labels: Tensor, indices: Tensor, dropped: Tensor, choice: Tensor) -> Tensor:
+    def of_images(
+        self, labels: Tensor, indices: Tensor, dropped: Tensor, choice: Tensor, tokens: ImageTokens | None = None
+    ) -> Tensor:
         """The model's input [B, …] for training images.
 
         Args:
@@ -43,6 +73,7 @@ class Conditions(Protocol):
             indices: [B], of the images in the data set.
             dropped: [B] bool, which images are shown without label or caption.
             choice: [B] in [0, 1), which of an image's captions is shown.
+            tokens: what `tokenizer` made of the images' captions, on the CPU.
         """
 
     def asked_for(self, labels: Sequence[int], prompts: Sequence[str], source: str) -> Sequence[Subject]:
@@ -59,6 +90,7 @@ class Labels:
     """Class labels; num_classes itself stands for "no label"."""
 
     subject = "class"
+    tokenizer = None
 
     def __init__(self, num_classes: int):
         self.num_classes = num_classes
@@ -72,7 +104,9 @@ class Labels:
             )
         return torch.as_tensor(subjects, dtype=torch.long)
 
-    def of_images(self, labels: Tensor, indices: Tensor, dropped: Tensor, choice: Tensor) -> Tensor:
+    def of_images(
+        self, labels: Tensor, indices: Tensor, dropped: Tensor, choice: Tensor, tokens: ImageTokens | None = None
+    ) -> Tensor:
         """[B]"""
         return labels.masked_fill(dropped, self.num_classes)
 
@@ -98,6 +132,10 @@ class Captions:
 
     def __init__(self, encode: TextEncoder, captions: Sequence[tuple[str, ...]] = ()):
         self.encode_text, self.captions = encode, captions
+        self.tokenizer = None
+        if isinstance(encode, TransformersEncoder):  # a cached one is asked for whole captions
+            self.tokenizer = CaptionTokenizer(encode.tokenizer, captions)
+            self._no_caption = encode.tokenizer([""])
 
     @property
     def nothing(self) -> Tensor:
@@ -110,13 +148,31 @@ class Captions:
             raise InputError(f"class {subjects[0]} cannot be shown: this is a text model, it takes prompts")
         return self.encode_text(list(subjects))
 
-    def of_images(self, labels: Tensor, indices: Tensor, dropped: Tensor, choice: Tensor) -> Tensor:
+    def of_images(
+        self, labels: Tensor, indices: Tensor, dropped: Tensor, choice: Tensor, tokens: ImageTokens | None = None
+    ) -> Tensor:
         """[B, L, F]"""
+        if tokens is not None:
+            return self._of_tokens(tokens, dropped, choice)
         shown = []
         for index, share, drop in zip(indices.tolist(), choice.tolist(), dropped.tolist(), strict=True):
             captions = self.captions[index]
             shown.append("" if drop else captions[int(share * len(captions))])
         return self.encode_text(shown).to(choice.device)
+
+    def _of_tokens(self, tokens: ImageTokens, dropped: Tensor, choice: Tensor) -> Tensor:
+        """[B, L, F], without making the host wait for a GPU."""
+        ids, lengths, counts = (tensor.to(choice.device, non_blocking=True) for tensor in tokens)
+        no_ids, no_length = (tensor.to(choice.device, non_blocking=True) for tensor in self._no_caption)
+        images = torch.arange(len(counts), device=choice.device)
+        which = (choice.double() * counts).long()  # [B]
+        ids = torch.where(dropped[:, None], no_ids, ids[images, which])
+        return self.encode_text.encode(Tokens(ids, torch.where(dropped, no_length, lengths[images, which])))
+
+    def warn_of_cut(self, indices: Tensor, tokens: ImageTokens) -> None:
+        """Warn once if a caption is cut; indices [B] and tokens on the CPU."""
+        for row, column in (tokens.lengths > self.encode_text.length).nonzero()[:1].tolist():
+            self.encode_text.warn(self.captions[int(indices[row])][column], int(tokens.lengths[row, column]))
 
     def asked_for(self, labels: Sequence[int], prompts: Sequence[str], source: str) -> Sequence[str]:
         if not prompts or labels:
@@ -124,7 +180,7 @@ class Captions:
         return prompts
 
     def subjects(self, reference: str, image_size: int) -> Sequence[str]:
-        captions = [plainest for plainest, *_ in data.load(reference, image_size).captions]
+        captions = [plainest for plainest, *_ in data.load(reference, image_size, check=False).captions]
         if not captions:
             raise InputError(f"a text model samples captions, and {reference!r} has none: choose another --reference")
         return captions

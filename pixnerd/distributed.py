@@ -4,8 +4,11 @@ torchrun starts one process per device (on one machine or many) and tells each i
 by torchrun is on its own, and then everything here is free.
 """
 
+import concurrent.futures
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import InputError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,25 @@ class World:
         """Return once every process has called this."""
         if self.size > 1:
             self.any(False)
+
+    def leader_first(self, work: Callable[[], T]) -> T:
+        """`work()` in the leading process and then, unless it raised, in the others: they find what it cached.
+
+        Raises:
+            InputError: in every process but the leading one, if it raised anything there.
+        """
+        if self.size == 1:
+            return work()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            task = pool.submit(work) if self.leads else None
+            # many short waits, since a long one would exceed the limit of half an hour for a message
+            while not self.any(task is not None and bool(concurrent.futures.wait([task], timeout=1).done)):
+                pass
+        if self.any(task is not None and task.exception() is not None):
+            if task is None:
+                raise InputError("the leading process has refused the input, see its message")
+            raise task.exception()
+        return task.result() if task is not None else work()
 
 
 def default_device() -> torch.device:

@@ -118,11 +118,14 @@ class Samples:
 
     def __init__(self, config: EvaluationConfig, world: World):
         self.config, self.world = config, world
-        run_config = Run(config.source).config()
+        run = Run(config.source)
+        run_config = run.config()
         self.reference = config.reference or run_config.data
         self.model: PatchDenoiser = load(config.source, weights=config.average, device=world.device)
         self.image_size = self.model.config.image_size
         self.conditions: Conditions = model_conditions(self.model, run_config, world.device)
+        if self.conditions.subject == "class" and self.reference == run_config.data and run.classes():
+            run.check_classes(data.load(self.reference, self.image_size, check=False).classes)
         self.subjects: Sequence[Subject] = self.conditions.subjects(self.reference, self.image_size)
         self.labels = torch.arange(config.draw) % len(self.subjects)  # [images], indices of subjects
         if config.classes == "random":

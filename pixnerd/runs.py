@@ -1,4 +1,4 @@
-"""A run is a folder: config.json, log.jsonl, checkpoints/, samples.png, samples.npz, metrics.json.
+"""A run is a folder: config.json, classes.json, log.jsonl, checkpoints/, samples.png, samples.npz, metrics.json.
 
 Everything that reports on a run reads this folder, the only source of truth.
 """
@@ -6,6 +6,7 @@ Everything that reports on a run reads this folder, the only source of truth.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +34,15 @@ class Run:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.config_path = self.folder / "config.json"
+        self.classes_path = self.folder / "classes.json"
         self.log_path = self.folder / "log.jsonl"
         self.checkpoints = self.folder / "checkpoints"
 
-    def begin(self, config: TrainConfig) -> None:
-        """Create the folder for `config`, or resume the run in it.
+    def begin(self, config: TrainConfig, classes: Sequence[str] | None = None) -> None:
+        """Create the folder for `config` and the data's `classes`, if it has any, or resume the run in it.
 
         Raises:
-            InputError: the folder holds something else, or a run with a different configuration.
+            InputError: the folder holds something else, or a run with a different configuration or other classes.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder} is a file; the output has to be a folder")
@@ -52,6 +54,7 @@ class Run:
                     f"{self.folder} already holds another run ({'; '.join(different)}): "
                     "choose another output folder, or resume it with the same settings"
                 )
+            self.check_classes(classes)
         elif self.folder.exists() and any(path.suffix != ".ipynb" for path in self.folder.iterdir()):
             # papermill writes the running notebook there before the run begins
             raise InputError(f"{self.folder} is not empty and holds no run: choose another output folder")
@@ -59,6 +62,32 @@ class Run:
         remove_partial_files(self.folder)
         remove_partial_files(self.checkpoints)
         write_atomically(self.config_path, json.dumps(config.to_dict(), indent=2) + "\n")
+        if classes is not None and self.classes() is None:
+            write_atomically(self.classes_path, json.dumps({"classes": list(classes)}) + "\n")
+
+    def classes(self) -> list[str] | None:
+        """The class that each label means, from classes.json; None if an earlier version began the run."""
+        if not self.classes_path.is_file():
+            return None
+        classes = read_json(self.classes_path, "the names of a run's classes").get("classes")
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise InputError(f"{self.classes_path} holds no list of classes")
+        return classes
+
+    def check_classes(self, classes: Sequence[str] | None) -> None:
+        """Raise InputError unless these classes of its data, as they are now, are those of when the run began."""
+        before = self.classes()
+        if before is None or classes is None or before == list(classes):
+            return
+        if len(before) != len(classes):
+            what = f"{len(before)} classes, now it has {len(classes)}"
+        else:
+            label = next(i for i, (old, new) in enumerate(zip(before, classes, strict=True)) if old != new)
+            what = f"label {label} for {before[label]!r}, now it is {classes[label]!r}"
+        raise InputError(
+            f"when {self.folder} began, its data had {what}; labels have to keep their meaning: restore the data, or "
+            "choose another output folder"
+        )
 
     def config(self) -> TrainConfig:
         """The contents of config.json. Raises InputError if there is no run here or the file cannot be read."""

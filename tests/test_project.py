@@ -105,8 +105,8 @@ def test_no_module_imports_itself_through_others():
 def test_a_wrong_import_is_noticed(tmp_path):
     """`imports` sees every form: relative, of a module or a name, inside a function."""
     path = tmp_path / "loop.py"
-    path.write_text("from .. import cli\nfrom ..data.folder import SUFFIXES\ndef f():\n    from ..runs import Run\n")
-    assert imports("training.loop", path, MODULES) == {"cli", "data.folder", "runs"}
+    path.write_text("from .. import cli\nfrom ..data.pictures import SUFFIXES\ndef f():\n    from ..runs import Run\n")
+    assert imports("training.loop", path, MODULES) == {"cli", "data.pictures", "runs"}
 
 
 # --- imports are fast ------------------------------------------------------------------------------------------------

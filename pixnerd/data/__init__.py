@@ -39,8 +39,12 @@ DATA_SETS = {
 NAMES = ", ".join(form for source in DATA_SETS.values() for form in source.forms)
 
 
-def load(name: str, image_size: int) -> ImageDataset:
-    """The data set called `name`, with images of image_size × image_size. Raises InputError for an unknown name."""
+def load(name: str, image_size: int, check: bool = True) -> ImageDataset:
+    """The data set called `name`, with images of image_size × image_size.
+
+    `check` looks at the header of every file, see `ImageDataset.check`. Raises InputError for an unknown name or data
+    that cannot be used.
+    """
     kind, _, argument = name.partition(":")
     source = DATA_SETS.get(kind)
     if source is None or not any((":" in form) == bool(argument) for form in source.forms):
@@ -48,12 +52,15 @@ def load(name: str, image_size: int) -> ImageDataset:
     module, _, opener = source.opener.partition(".")
     open_data_set = getattr(importlib.import_module(f".{module}", __name__), opener)
     takes_argument = any(":" in form for form in source.forms)
-    return open_data_set(argument, image_size) if takes_argument else open_data_set(image_size)
+    dataset = open_data_set(argument, image_size) if takes_argument else open_data_set(image_size)
+    if check:
+        dataset.check()
+    return dataset
 
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["captions", "emoji", "folder", "imagenet", "prepared", "shapes"],
+    submodules=["captions", "emoji", "folder", "imagenet", "pictures", "prepared", "shapes"],
     submod_attrs={
         "captions": ["CaptionFolder", "CaptionShards"],
         "dataset": ["ImageDataset", "cache_folder", "to_float", "to_uint8"],

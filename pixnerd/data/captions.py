@@ -1,4 +1,4 @@
-"""Images with captions, for text-to-image training: a folder of files, or any number of webdataset shards.
+"""Images with captions or labels beside them: a folder of files with captions, or any number of webdataset shards.
 
 Both are read by index, in any order, because the order of training is a function of (seed, step, position).
 """
@@ -6,24 +6,35 @@ Both are read by index, in any order, because the order of training is a functio
 import hashlib
 import io
 import itertools
+import os
 import re
 import tarfile
+import zipfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import InputError
 from ..files import replacing
 from .dataset import ImageDataset, cache_folder
-from .folder import SUFFIXES, check_header, read_pixels
+from .pictures import (
+    SUFFIXES,
+    PictureFiles,
+    check_header,
+    check_headers,
+    entries_of,
+    find_pictures,
+    in_threads,
+    is_visible,
+    read_pixels,
+)
 
 BLOCK = 512  # bytes; everything in a tar file starts at a multiple of it
+MOST_CLASSES = 100_000  # that .cls files can tell apart; ImageNet-21k has 21,841
 
 
 def _one_class(images: int) -> tuple[Tensor, list[str]]:
@@ -48,38 +59,60 @@ def split_captions(text: bytes, name: object) -> tuple[str, ...]:
 
 
 class CaptionFolder(ImageDataset):
-    """The .bmp, .jpeg, .jpg, .png and .webp files in a folder and its sub-folders, in alphabetical order, as class 0.
+    """The pictures in a folder and its sub-folders, in alphabetical order, as class 0; see `pictures.find_pictures`.
 
-    The captions of `cat.jpg` are the lines of `cat.txt` beside it. Every caption is read and every image's header
-    checked at the start, so that a bad file is found before training begins.
+    The captions of `cat.jpg` are the lines of `cat.txt` beside it, in upper or lower case. Every caption is read at the
+    start, so that a bad file is found before training begins.
     """
 
     def __init__(self, root: str | Path, image_size: int):
         root = Path(root)
         if not root.is_dir():
             raise InputError(f"folder {root} does not exist; 'captions:PATH' needs images with a .txt file beside each")
-        self.paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
-        if not self.paths:
-            raise InputError(f"folder {root} holds no images ({', '.join(sorted(SUFFIXES))})")
+        self.paths = PictureFiles(root, find_pictures(root))
         super().__init__(image_size, 3, *_one_class(len(self.paths)))
-        with ThreadPoolExecutor() as pool:
-            self.captions = list(pool.map(_captions_beside, self.paths))
-            without = [path for path, captions in zip(self.paths, self.captions, strict=True) if not captions]
-            if without:
-                raise InputError(
-                    f"{len(without)} of {len(self.paths)} images in {root} have no caption (a .txt file beside them "
-                    f"that is not empty), the first is {without[0]}"
-                )
-            list(pool.map(check_header, self.paths, self.paths))
+        texts = _texts_beside(self.paths)
+        self.captions = list(in_threads(_read_captions, texts, "reading captions", "file"))
+        without = [path for path, captions in zip(self.paths, self.captions, strict=True) if not captions]
+        if without:
+            raise InputError(
+                f"{len(without)} of {len(self.paths)} images in {root} have no caption (a .txt file beside them "
+                f"that is not empty), the first is {without[0]}"
+            )
+
+    def check(self) -> None:
+        """Raise InputError if a file's header is not that of a picture."""
+        check_headers(self.paths)
 
     def pixels(self, index: int) -> Tensor:
         return read_pixels(self.paths[index], self.paths[index], self.image_size)
 
 
-def _captions_beside(image: Path) -> tuple[str, ...]:
-    """The captions of an image; empty if the .txt file is missing."""
-    path = image.with_suffix(".txt")
-    return split_captions(path.read_bytes(), path) if path.is_file() else ()
+def _texts_beside(images: Sequence[Path]) -> list[Path | None]:
+    """Each image's .txt file, of the same name but for upper and lower case; None if it has none."""
+    found: dict[tuple[Path, str], list[str]] = {}
+    for folder in {image.parent for image in images}:
+        for entry in entries_of(folder):
+            if entry.name.lower().endswith(".txt") and entry.is_file():
+                found.setdefault((folder, entry.name.lower()), []).append(entry.name)
+    texts: list[Path | None] = []
+    for image in images:
+        exact = image.with_suffix(".txt").name
+        names = found.get((image.parent, exact.lower()), [])
+        # on a disk that keeps Cat.txt and cat.txt apart, the one that is most like the image's name
+        nearest = sorted(names, key=lambda name: (name != exact, os.path.splitext(name)[0] != image.stem, name))
+        texts.append(image.with_name(nearest[0]) if nearest else None)
+    return texts
+
+
+def _read_captions(path: Path | None) -> tuple[str, ...]:
+    """The captions in a .txt file; empty if there is none. Raises InputError if it cannot be read."""
+    if path is None:
+        return ()
+    try:
+        return split_captions(path.read_bytes(), path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
 # --- webdataset shards ---------------------------------------------------------------------------------------------
@@ -118,19 +151,16 @@ class Member(NamedTuple):
 
 
 class Samples:
-    """Where the image and the text of every sample lie in the shards; 32 bytes per sample.
+    """Where the image and the text of every sample lie in the shards, and its label; 40 bytes per sample.
 
     A shard is scanned once; its index is kept under data/shards until the shard's size or modification time changes.
     """
 
     def __init__(self, shards: Sequence[Path]):
         self.shards = shards
-        with ThreadPoolExecutor() as pool:
-            indexed = pool.map(_index, shards)
-            # for each shard [samples, 4]
-            found = list(tqdm(indexed, desc="indexing", total=len(shards), unit="shard", leave=False, delay=2))
+        found = list(in_threads(_index, shards, "indexing", "shard"))  # for each shard [samples, 5]
         self._ends = np.cumsum([len(rows) for rows in found])  # [shards]
-        self._rows = np.concatenate(found)  # [len(self), 4]
+        self._rows = np.concatenate(found)  # [len(self), 5]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -140,6 +170,26 @@ class Samples:
 
     def text(self, index: int) -> Member:
         return self._member(index, 2)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """[len(self)], or None if no sample has a label. Raises InputError if only some have."""
+        labels = self._rows[:, 4]
+        return labels if self._all_have(labels >= 0, ".cls") else None
+
+    @property
+    def have_captions(self) -> bool:
+        """Whether the samples have captions. Raises InputError if only some have."""
+        return self._all_have(self._rows[:, 3] > 0, ".txt")
+
+    def _all_have(self, has: np.ndarray, suffix: str) -> bool:
+        if has.any() and not has.all():
+            without = int(np.argmin(has))
+            raise InputError(
+                f"{len(has) - has.sum()} of {len(has)} samples have no {suffix}, the first is {self.image(without)}; "
+                f"all need a {suffix}, or none"
+            )
+        return bool(has.any())
 
     def _member(self, index: int, column: int) -> Member:
         index = range(len(self))[index]
@@ -162,24 +212,30 @@ class ShardCaptions(Sequence[tuple[str, ...]]):
 
 
 class CaptionShards(ImageDataset):
-    """The samples of a folder's .tar files, shards in alphabetical order, as class 0.
+    """The samples of a folder's .tar files, shards in alphabetical order, with captions, with labels or with both.
 
     A sample is defined as in webdataset: consecutive members with the same key, which is everything before the first
-    dot of the base name. One of them is an image (.bmp, .jpeg, .jpg, .png, .webp), one a .txt with a caption on each
-    line; others, like .json, are ignored. Every caption and every image's header is checked when a shard is first
-    opened.
+    dot of the base name. One of them is an image; a .txt has a caption on each line; a .cls has the label, a whole
+    number, without which the class is 0. Others, like .json, are ignored. Every caption, every label and every image's
+    header is checked when a shard is first opened.
     """
 
     def __init__(self, root: str | Path, image_size: int):
         root = Path(root)
-        shards = sorted(root.glob("*.tar")) if root.is_dir() else []
+        entries = entries_of(root) if root.is_dir() else []
+        shards = [root / entry.name for entry in entries if entry.name.lower().endswith(".tar") and not entry.is_dir()]
         if not shards:
             raise InputError(f"{root} is not a folder with .tar files, which 'shards:PATH' needs")
         self._samples = Samples(shards)
         if not len(self._samples):
-            raise InputError(f"the .tar files in {root} hold no samples (an image and a .txt of the same name)")
-        super().__init__(image_size, 3, *_one_class(len(self._samples)))
-        self.captions = ShardCaptions(self._samples)
+            raise InputError(f"the .tar files in {root} hold no samples (an image and a .txt or .cls of the same name)")
+        labels = self._samples.labels
+        if labels is None:
+            super().__init__(image_size, 3, *_one_class(len(self._samples)))
+        else:
+            super().__init__(image_size, 3, labels, [str(label) for label in range(labels.max() + 1)])
+        if self._samples.have_captions:
+            self.captions = ShardCaptions(self._samples)
 
     def pixels(self, index: int) -> Tensor:
         image = self._samples.image(index)
@@ -187,27 +243,28 @@ class CaptionShards(ImageDataset):
 
 
 def _index(shard: Path) -> np.ndarray:
-    """int64 [samples, 4]: offset and size of the image, offset and size of the text."""
+    """int64 [samples, 5]: offset and size of the image, offset and size of the text or zeros, label or −1."""
     try:
         state = shard.stat()
     except OSError as error:
         raise InputError(f"{shard} cannot be read: {error}") from error
     stamp = np.array([state.st_size, state.st_mtime_ns])
-    kept = cache_folder() / "shards" / f"{hashlib.sha256(str(shard.resolve()).encode()).hexdigest()[:16]}.npz"
-    if kept.is_file():
+    kept = cache_folder() / "shards" / f"{hashlib.sha256(os.fsencode(shard.resolve())).hexdigest()[:16]}.npz"
+    try:
         with np.load(kept) as file:
             if np.array_equal(file["stamp"], stamp):
-                return file["rows"]
+                return file["samples"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # there is none, it is damaged, or an earlier version wrote it, which did not read labels
     rows = _scan(shard)
     kept.parent.mkdir(parents=True, exist_ok=True)
     with replacing(kept) as partial:
-        np.savez(partial, stamp=stamp, rows=rows)
+        np.savez(partial, stamp=stamp, samples=rows)
     return rows
 
 
 def _scan(shard: Path) -> np.ndarray:
-    """int64 [samples, 4], found by scanning the shard. Raises InputError if a sample is incomplete or unreadable."""
-    rows = []
+    """int64 [samples, 5], found by scanning the shard. Raises InputError if a sample is incomplete or unreadable."""
     try:
         with tarfile.open(shard, "r:") as tar:
             files = [(*found.groups(), member) for member in tar if (found := _file_of_sample(member))]
@@ -215,25 +272,45 @@ def _scan(shard: Path) -> np.ndarray:
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(BLOCK) != bytes(BLOCK):
                 raise tarfile.ReadError(f"damaged or cut off at byte {tar.offset}")
-            for key, group in itertools.groupby(files, key=lambda file: file[0]):
-                members = [(f".{extension.lower()}", member) for _, extension, member in group]
-                images = [member for suffix, member in members if suffix in SUFFIXES]
-                texts = [member for suffix, member in members if suffix == ".txt"]
-                if (len(images), len(texts)) != (1, 1):
-                    raise InputError(
-                        f"{shard}: sample {key} has {len(images)} images ({', '.join(sorted(SUFFIXES))}) and "
-                        f"{len(texts)} .txt; it needs one of each"
-                    )
-                (image,), (text,) = images, texts
-                check_header(tar.extractfile(image), f"{shard}: {image.name}")
-                if not split_captions(tar.extractfile(text).read(), f"{shard}: {text.name}"):
-                    raise InputError(f"{shard}: {text.name} is empty; it needs at least one caption")
-                rows.append((image.offset_data, image.size, text.offset_data, text.size))
+            rows = [
+                _row(shard, tar, key, [(f".{extension.lower()}", member) for _, extension, member in group])
+                for key, group in itertools.groupby(files, key=lambda file: file[0])
+            ]
     except (OSError, tarfile.TarError) as error:
         raise InputError(f"{shard} cannot be read as an uncompressed tar file: {error}") from error
-    return np.array(rows, dtype=np.int64).reshape(-1, 4)
+    return np.array(rows, dtype=np.int64).reshape(-1, 5)
+
+
+def _row(
+    shard: Path, tar: tarfile.TarFile, key: str, members: Sequence[tuple[str, tarfile.TarInfo]]
+) -> tuple[int, int, int, int, int]:
+    """A sample's row of the index, from its members by suffix. Raises InputError if it is incomplete or unreadable."""
+    images = [member for suffix, member in members if suffix in SUFFIXES]
+    texts, labels = ([member for suffix, member in members if suffix == kind] for kind in (".txt", ".cls"))
+    if len(images) != 1 or max(len(texts), len(labels)) != 1:
+        raise InputError(
+            f"{shard}: sample {key} has {len(images)} images ({', '.join(SUFFIXES)}) and "
+            f"{len(texts)} .txt; it needs one image with a .txt, a .cls (it has {len(labels)}) or one of each"
+        )
+    (image,) = images
+    check_header(tar.extractfile(image), f"{shard}: {image.name}")
+    where, label = (0, 0), -1
+    for text in texts:
+        if not split_captions(tar.extractfile(text).read(), f"{shard}: {text.name}"):
+            raise InputError(f"{shard}: {text.name} is empty; it needs at least one caption")
+        where = text.offset_data, text.size
+    for member in labels:
+        word = tar.extractfile(member).read(80).strip()
+        if not re.fullmatch(rb"\d{1,9}", word) or int(word) >= MOST_CLASSES:
+            found = word.decode(errors="replace")
+            raise InputError(f"{shard}: {member.name} is {found!r}; a label is a whole number below {MOST_CLASSES:,}")
+        label = int(word)
+    return image.offset_data, image.size, *where, label
 
 
 def _file_of_sample(member: tarfile.TarInfo) -> re.Match[str] | None:
-    """Key and extension as webdataset splits a name; None for folders and for names without either, like `.hidden`."""
-    return re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", member.name) if member.isfile() else None
+    """Key and extension as webdataset splits a name; None for folders and for hidden files and those without either."""
+    *folders, _ = member.name.split("/")
+    if not member.isfile() or not all(is_visible(folder) for folder in folders if folder != "."):
+        return None
+    return re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", member.name)

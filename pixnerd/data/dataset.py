@@ -51,6 +51,9 @@ class ImageDataset(Dataset, ABC):
     def pixels(self, index: int) -> Tensor:
         """Image `index` as uint8 [C, S, S]."""
 
+    def check(self) -> None:
+        """Look for bad files before any work begins, as far as opening has not done so. Raises InputError."""
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ..errors import InputError
 from ..files import replacing
 from .dataset import ImageDataset, cache_folder
-from .folder import center_crop
+from .pictures import center_crop, to_rgb
 
 Split = Literal["train", "held-out", "all"]
 
@@ -260,9 +260,7 @@ def _draw_all(
 
 def _draw_picture(webp: bytes, size: int) -> Image.Image:
     with Image.open(io.BytesIO(webp)) as image:
-        picture = image.convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    return center_crop(Image.alpha_composite(white, picture).convert("RGB"), size)
+        return center_crop(to_rgb(image), size)
 
 
 def _vector_drawer() -> Callable[[Drawing, int], Image.Image]:

@@ -5,16 +5,14 @@ published class-conditional models use this order; an extra or missing folder wo
 """
 
 import hashlib
-import os
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError
 from .dataset import ImageDataset
-from .folder import SUFFIXES, read_pixels
+from .pictures import PictureFiles, find_pictures, read_pixels, subfolders
 
 LIST = Path(__file__).with_name("imagenet_synsets.txt")
 SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"  # of the ids, joined by line breaks
@@ -31,8 +29,8 @@ def synsets() -> list[str]:
 class ImageNet(ImageDataset):
     """The 1,000 class folders in `root` or in `root`/train, images cropped and scaled as in ADM; classes are the ids.
 
-    Images are the .bmp, .jpeg, .jpg, .png and .webp files directly in a class folder. None is opened at the start,
-    since opening a million would take minutes: an unreadable one raises an error when it is first needed.
+    Images are the pictures directly in a class folder. None is opened at the start, since opening a million would take
+    minutes: an unreadable one raises an error when it is first needed.
     """
 
     def __init__(self, root: str | Path, image_size: int):
@@ -42,29 +40,21 @@ class ImageNet(ImageDataset):
         self.root = root / "train" if (root / "train").is_dir() else root
         classes = synsets()
         _check_folders(self.root, classes)
-        names: list[bytes] = []
+        names: list[str] = []
         labels: list[int] = []
         for label, name in enumerate(tqdm(classes, desc="listing", unit="class", leave=False, delay=2)):
-            found = sorted(os.fsencode(file) for file in os.listdir(self.root / name) if _is_image(file))
-            if not found:
-                raise InputError(f"folder {self.root / name} holds no images ({', '.join(sorted(SUFFIXES))})")
-            names += found
+            found = find_pictures(self.root / name, recursive=False)
+            names += [f"{name}/{file}" for file in found]
             labels += [label] * len(found)
-        # one array, which worker processes share; a million Python strings would be copied into each of them
-        self._names = np.array(names)
+        self.paths = PictureFiles(self.root, names)
         super().__init__(image_size, 3, labels, classes)
 
     def pixels(self, index: int) -> Tensor:
-        path = self.root / self.classes[self.labels[index]] / os.fsdecode(self._names[index])
-        return read_pixels(path, path, self.image_size)
-
-
-def _is_image(file: str) -> bool:
-    return os.path.splitext(file)[1].lower() in SUFFIXES
+        return read_pixels(self.paths[index], self.paths[index], self.image_size)
 
 
 def _check_folders(root: Path, expected: list[str]) -> None:
-    found = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    found = set(subfolders(root))
     missing, surplus = sorted(set(expected) - found), sorted(found - set(expected))
     if missing or surplus:
         parts = [

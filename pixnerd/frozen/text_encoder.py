@@ -5,10 +5,11 @@ Dimension letters: B captions, L tokens (padding included), F features of a toke
 
 import hashlib
 import importlib.util
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,6 +32,32 @@ class TextEncoder(Protocol):
         """[B, L, F]."""
 
 
+class Tokens(NamedTuple):
+    """Captions as a network reads them."""
+
+    ids: Tensor  # [B, L] int64, padded on the right
+    lengths: Tensor  # [B] int64, before a caption was cut to L
+
+
+class Tokenizer:
+    """Captions to tokens, without the network: what a loader's worker needs."""
+
+    def __init__(self, tokenizer: Any, length: int):
+        self.tokenizer, self.length = tokenizer, length
+        # workers are forked from a process that has used it; the package would warn and do the same
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    def __call__(self, captions: Sequence[str]) -> Tokens:
+        """On the CPU; captions that are too long are cut."""
+        batch = self.tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+        )
+        lengths = batch["attention_mask"].sum(1)
+        for index in (lengths == self.length).nonzero()[:, 0].tolist():  # it fills them, or it was cut
+            lengths[index] = len(self.tokenizer(captions[index])["input_ids"])
+        return Tokens(batch["input_ids"], lengths)
+
+
 class TransformersEncoder:
     """The last hidden state of a Hugging Face model, right-padded to `length` tokens, padding included."""
 
@@ -40,7 +67,7 @@ class TransformersEncoder:
         except ImportError as error:
             raise InputError("text encoders need the package transformers: pip install 'pixnerd[text]'") from error
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(source, padding_side="right")
+            self.tokenizer = Tokenizer(AutoTokenizer.from_pretrained(source, padding_side="right"), length)
             on_gpu = torch.device(device).type == "cuda"
             dtype = torch.bfloat16 if on_gpu else torch.float32
             self.model = AutoModel.from_pretrained(source, dtype=dtype).to(device).eval().requires_grad_(False)
@@ -48,19 +75,30 @@ class TransformersEncoder:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"text encoder {source} could not be loaded from a folder or the hub: {reason}") from error
         self.name, self.length, self.features = str(source), length, self.model.config.hidden_size
+        self._has_warned = False
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """[B, L, F]; a caption that is too long is cut, the first with a warning."""
+        tokens = self.tokenizer(captions)
+        if (cut := (tokens.lengths > self.length).nonzero()).numel():
+            self.warn(captions[int(cut[0])], int(tokens.lengths[cut[0]]))
+        return self.encode(tokens)
+
+    def warn(self, caption: str, tokens: int) -> None:
+        """Warn that a caption is cut, but only once: Python keeps every different warning for ever."""
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"caption of {tokens} tokens is cut to {self.length}: {caption!r}; so are others, without a warning",
+                stacklevel=3,
+            )
 
     @torch.no_grad()
-    def __call__(self, captions: Sequence[str]) -> Tensor:
-        """[B, L, F]; a caption that is too long is cut, with a warning."""
-        for caption in captions:
-            tokens = len(self.tokenizer(caption)["input_ids"])
-            if tokens > self.length:
-                warnings.warn(f"caption of {tokens} tokens is cut to {self.length}: {caption!r}", stacklevel=2)
-        batch = self.tokenizer(
-            list(captions), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
-        )
-        inputs = {key: batch[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
-        return self.model(**inputs).last_hidden_state
+    def encode(self, tokens: Tokens) -> Tensor:
+        """[B, L, F] of tokens on any device; nothing here makes the host wait for a GPU."""
+        ids, lengths = (tensor.to(self.model.device, non_blocking=True) for tensor in tokens)
+        mask = (torch.arange(self.length, device=lengths.device) < lengths[:, None]).long()
+        return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
 
 
 def load_encoder(source: str, length: int, device: torch.device | str = "cpu") -> TransformersEncoder:

@@ -5,18 +5,17 @@ Dimension letters: N images of H × W pixels, B of a batch.
 
 import contextlib
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from .. import data
-from ..data.folder import SUFFIXES
+from ..data.pictures import PictureFiles, find_pictures, in_threads, read_pixels, upright_size
 from ..errors import InputError
 
 
@@ -34,10 +33,11 @@ def open_images(source: str | Path, image_size: int | None = None) -> Images:
 
     Args:
         source: a path, or the name of a data set as in `data.load`.
-        image_size: side of a data set's images, in pixels.
+        image_size: side in pixels to which a data set's images and the pictures of a folder are cropped, as in ADM;
+            without it a folder's pictures keep their size.
 
     Raises:
-        InputError: the source has no images.
+        InputError: the source has no images, or pictures of different sizes that are not cropped.
     """
     path = Path(source)
     if path.suffix == ".npz":
@@ -48,13 +48,13 @@ def open_images(source: str | Path, image_size: int | None = None) -> Images:
             raise InputError(f"{path} has no samples.npz: run `pixnerd sample {path}` first")
         return open_images(path / "samples.npz")
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-        if not files:
-            raise InputError(f"folder {path} holds no images ({', '.join(sorted(SUFFIXES))})")
-        return Images(len(files), lambda batch_size: _file_batches(files, batch_size))
+        files = PictureFiles(path, find_pictures(path))
+        if image_size is None:
+            _check_sizes(files)
+        return Images(len(files), lambda batch_size: _file_batches(files, batch_size, image_size))
     if str(source).partition(":")[0] not in data.DATA_SETS or image_size is None:
         raise InputError(f"{source} does not exist; images come from a .npz, a run, a folder of pictures or a data set")
-    dataset = data.load(str(source), image_size)
+    dataset = data.load(str(source), image_size, check=False)  # a bad file is named when it is read
     return Images(len(dataset), lambda batch_size: _dataset_batches(dataset, batch_size))
 
 
@@ -91,19 +91,29 @@ def _npz_batches(path: Path, batch_size: int) -> Iterator[Tensor]:
             yield torch.frombuffer(content, dtype=torch.uint8).view(size, *one).permute(0, 3, 1, 2)
 
 
-def _file_batches(files: list[Path], batch_size: int) -> Iterator[Tensor]:
+def _check_sizes(files: PictureFiles) -> None:
+    """Raise InputError unless all pictures have the size of the first, as their headers say."""
+    width, height = upright_size(files[0])
+    for file, size in zip(files, in_threads(upright_size, files, "checking", "image"), strict=True):
+        _check_size(file, size[::-1], (height, width))
+
+
+def _check_size(file: Path, size: Sequence[int], first: Sequence[int]) -> None:
+    if tuple(size) != tuple(first):
+        raise InputError(
+            f"{file} has {tuple(size)} pixels, those before it {tuple(first)}; images to measure need one size. "
+            "Photographs of any size can be the --reference, which is cropped to the size of the samples"
+        )
+
+
+def _file_batches(files: PictureFiles, batch_size: int, image_size: int | None) -> Iterator[Tensor]:
     shape = None
     for start in range(0, len(files), batch_size):
         pixels = []
-        for file in files[start : start + batch_size]:
-            try:
-                with Image.open(file) as image:
-                    pixels.append(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
-            except Exception as error:  # a damaged file makes Pillow raise almost anything
-                raise InputError(f"{file} cannot be read as an image: {error}") from error
+        for number in range(start, min(start + batch_size, len(files))):
+            pixels.append(read_pixels(files[number], files[number], image_size))
             shape = shape or pixels[0].shape
-            if pixels[-1].shape != shape:
-                raise InputError(f"{file} has {tuple(pixels[-1].shape[1:])} pixels, those before it {tuple(shape[1:])}")
+            _check_size(files[number], pixels[-1].shape[1:], shape[1:])
         yield torch.stack(pixels)
 
 

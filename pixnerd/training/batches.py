@@ -5,7 +5,7 @@ is identical to an uninterrupted one. Dimension letters: B images, C channels, H
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .. import data, flow
-from ..conditions import Conditions
+from ..conditions import Conditions, ImageTokens
 from ..config import TrainConfig
 from ..data import ImageDataset
 from ..distributed import World
 from ..errors import InputError
-from ..randomness import Purpose, generator
+from ..randomness import Purpose, derived_seed, generator, permuted
+
+LISTED = 2**22  # images; the order of a larger data set is computed image by image, a list would fill every worker
 
 # --- random draws ----------------------------------------------------------------------------------------------------
 
@@ -52,14 +54,20 @@ def draw_step(
 
 @functools.lru_cache(maxsize=2)  # a batch can span two epochs
 def shuffled(size: int, seed: int, epoch: int) -> Tensor:
-    """The order [size] in which an epoch visits the images of the data set."""
+    """The order [size] in which an epoch visits the images of a data set of up to LISTED images."""
     return torch.randperm(size, generator=generator(torch.device("cpu"), seed, Purpose.DATA_ORDER, epoch))
 
 
 def step_indices(size: int, config: TrainConfig, step: int, positions: range) -> list[int]:
     """Data set indices of the images at `positions` in a step's global batch: one shuffle after another."""
     numbers = (step * config.batch_size + position for position in positions)  # of images since the first step
-    return [int(shuffled(size, config.seed, number // size)[number % size]) for number in numbers]
+    return [_image_at(size, config.seed, *divmod(number, size)) for number in numbers]
+
+
+def _image_at(size: int, seed: int, epoch: int, place: int) -> int:
+    if size <= LISTED:
+        return int(shuffled(size, seed, epoch)[place])
+    return permuted(place, size, derived_seed(seed, Purpose.DATA_ORDER, epoch))
 
 
 def step_size(config: TrainConfig, step: int) -> int:
@@ -94,6 +102,7 @@ class LoadedImages(NamedTuple):
     pixels: Tensor  # [B, C, S, S] uint8
     labels: Tensor  # [B]
     indices: Tensor  # [B]
+    tokens: ImageTokens | None  # of their captions, for a text model
 
 
 class StepImages(Dataset):
@@ -103,21 +112,36 @@ class StepImages(Dataset):
     raised error in a traceback of its own.
     """
 
-    def __init__(self, datasets: dict[int, ImageDataset], config: TrainConfig, positions: range):
-        self.datasets, self.config, self.positions = datasets, config, positions
+    def __init__(
+        self,
+        datasets: dict[int, ImageDataset],
+        config: TrainConfig,
+        positions: range,
+        tokenizer: Callable[[Sequence[int]], ImageTokens] | None,
+    ):
+        self.datasets, self.config, self.positions, self.tokenizer = datasets, config, positions, tokenizer
 
     def __getitem__(self, step: int) -> LoadedImages | InputError:
         dataset = self.datasets[step_size(self.config, step)]
         indices = step_indices(len(dataset), self.config, step, self.positions)
         try:
-            return LoadedImages(*dataset.batch(indices), torch.tensor(indices))
+            tokens = self.tokenizer(indices) if self.tokenizer else None
+            return LoadedImages(*dataset.batch(indices), torch.tensor(indices), tokens)
         except InputError as error:
             return error
 
 
-def load_datasets(config: TrainConfig) -> dict[int, ImageDataset]:
-    """The training data at every image size of the run. Raises InputError when it cannot be opened."""
-    return {size: data.load(config.data, size) for size in config.image_sizes}
+def load_datasets(config: TrainConfig, world: World) -> dict[int, ImageDataset]:
+    """The training data at every image size of the run; only the leading process looks for bad files, and it is first.
+
+    Raises InputError when the data cannot be opened.
+    """
+
+    def load() -> dict[int, ImageDataset]:
+        first, *_ = sizes = config.image_sizes
+        return {size: data.load(config.data, size, check=world.leads and size == first) for size in sizes}
+
+    return world.leader_first(load)
 
 
 def step_batches(
@@ -126,7 +150,7 @@ def step_batches(
     """This process's batch for each step from `first` on. Raises InputError when an image cannot be read."""
     positions = world.positions(config.batch_size)
     loader = DataLoader(
-        StepImages(datasets, config, positions),
+        StepImages(datasets, config, positions, conditions.tokenizer),
         batch_size=None,
         sampler=range(first, config.steps),
         num_workers=config.workers,
@@ -135,9 +159,11 @@ def step_batches(
     for step, loaded in enumerate(loader, start=first):
         if isinstance(loaded, InputError):
             raise loaded
-        pixels, labels, indices = (tensor.to(world.device, non_blocking=True) for tensor in loaded)
+        if loaded.tokens is not None and world.leads:
+            conditions.warn_of_cut(loaded.indices, loaded.tokens)
+        pixels, labels, indices = (tensor.to(world.device, non_blocking=True) for tensor in loaded[:3])
         draws = draw_step(config, step, positions, tuple(pixels.shape[1:]), world.device)
         image = data.to_float(pixels)
         image = torch.where(draws.flipped[:, None, None, None], image.flip(-1), image)
-        condition = conditions.of_images(labels, indices, draws.dropped, draws.caption)
+        condition = conditions.of_images(labels, indices, draws.dropped, draws.caption, loaded.tokens)
         yield Batch(image, condition, draws.noise, draws.t, indices, draws.flipped)

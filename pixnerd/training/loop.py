@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .. import flow
-from ..checkpoints import load, load_training_state, newest_checkpoint, save_checkpoint
+from ..checkpoints import classes_of, load, load_training_state, newest_checkpoint, save_checkpoint
 from ..conditions import Conditions, training_conditions
 from ..config import TrainConfig
 from ..data import ImageDataset
@@ -55,7 +55,7 @@ def train(config: TrainConfig, device: torch.device | None = None) -> Iterator[S
         NonFiniteLoss: while iterating; earlier checkpoints are kept.
     """
     world = join(device)
-    datasets = load_datasets(config)
+    datasets = load_datasets(config, world)
     dataset = datasets[config.image_sizes[0]]
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, channels=dataset.channels))
     if config.batch_size % (world.size * config.accumulate):
@@ -68,11 +68,21 @@ def train(config: TrainConfig, device: torch.device | None = None) -> Iterator[S
     checkpoint = newest_checkpoint(run.checkpoints)
     if checkpoint is None and config.start_from:
         check_start(config, conditions.num_classes)
+    check_classes(run, checkpoint, conditions.num_classes)
     terms = loss_terms(config, world)
     if world.leads:
-        run.begin(config)
+        run.begin(config, None if conditions.num_classes is None else dataset.classes)
     world.wait()
     return _train(Job(config, run, datasets, conditions, terms, world), checkpoint)
+
+
+def check_classes(run: Run, checkpoint: Path | None, num_classes: int | None) -> None:
+    """Raise InputError if the checkpoint of an earlier version's run, which named no classes, has another number."""
+    if checkpoint is not None and run.classes() is None and (before := classes_of(checkpoint)) != num_classes:
+        raise InputError(
+            f"the model in {run.folder} has {before} classes and the data has {num_classes} now: restore the data, or "
+            "choose another output folder"
+        )
 
 
 def check_start(config: TrainConfig, num_classes: int | None) -> None:

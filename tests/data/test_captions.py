@@ -109,7 +109,7 @@ def test_images_are_upright_cropped_and_in_their_place(folder):
     for index in (0, 2):
         stored = Image.open(next(folder.glob(f"{index:03}.[!t]*"))).convert("RGB")
         upright = stored.transpose(Image.Transpose.ROTATE_270)
-        square = data.folder.center_crop(upright, 20)
+        square = data.pictures.center_crop(upright, 20)
         assert images.pixels(index).permute(1, 2, 0).numpy().tolist() == np.asarray(square).tolist()
 
 

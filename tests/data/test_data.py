@@ -5,7 +5,7 @@ from PIL import Image
 
 from pixnerd import InputError, data
 from pixnerd.data import to_float, to_uint8
-from pixnerd.data.folder import center_crop
+from pixnerd.data.pictures import center_crop
 
 
 def test_pixels_survive_the_round_trip_to_floats():

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from pixnerd import InputError, data
 from pixnerd.cli import main
 from pixnerd.data import imagenet
-from pixnerd.data.folder import read_pixels
+from pixnerd.data.pictures import read_pixels
 
 
 @pytest.fixture
