@@ -53,11 +53,11 @@ def philox(counter: tuple[Tensor | int, ...], key: tuple[int, int]) -> tuple[Ten
     Returns:
         Four independent uniform numbers in 0 … 2³² − 1 for every counter.
     """
-    (a, b, c, d), (k, l) = counter, key
+    (a, b, c, d), (k0, k1) = counter, key
     for _ in range(10):
         p, q = 0xD2511F53 * a, 0xCD9E8D57 * c  # 64 bits; int64 wraps around, and the bits are the same
-        a, b, c, d = (q >> 32 & MASK) ^ b ^ k, q & MASK, (p >> 32 & MASK) ^ d ^ l, p & MASK
-        k, l = k + 0x9E3779B9 & MASK, l + 0xBB67AE85 & MASK
+        a, b, c, d = (q >> 32 & MASK) ^ b ^ k0, q & MASK, (p >> 32 & MASK) ^ d ^ k1, p & MASK
+        k0, k1 = k0 + 0x9E3779B9 & MASK, k1 + 0xBB67AE85 & MASK
     return a, b, c, d
 
 
@@ -105,7 +105,9 @@ def normal(bits: Tensor) -> Tensor:
     from device to device.
     """
     flat = bits.flatten()
-    place = ((flat & 2**31 - 1) * 2 + 1).double().view(torch.int64)  # p·2³³, exactly; a float's bits begin with its log₂
+    place = (
+        ((flat & 2**31 - 1) * 2 + 1).double().view(torch.int64)
+    )  # p·2³³, exactly; a float's bits begin with its log₂
     f = place >> 21 & 2**26 - 1  # in units of 2⁻²⁶
     segment = (place >> 47) + (flat >> 31) * (32 * SEGMENTS) - 1023 * SEGMENTS
     z = torch.zeros_like(f)

@@ -130,7 +130,7 @@ def test_the_more_is_recomputed_the_less_is_kept(dtype, text):
     [("L/16", 463.2, 285.9, 13.1), ("XL/16", 718.2, 379.4, 16.9)],
 )
 def test_published_sizes_keep_bfloat16(size, none, head, everything):
-    """MiB per image at 256 pixels. With norms in float32, which CUDA's autocast prefers, XL/16 keeps 919, 540 and 17."""
+    """MiB per image at 256 pixels. With norms in float32, as CUDA's autocast has them, XL/16 keeps 919, 540, 17."""
     model = on_meta(SIZES[size])
     kept = [saved_activation_bytes(model, 256, how) / 2**20 for how in ("none", "head", "all")]
     assert kept == pytest.approx([none, head, everything], abs=0.1)

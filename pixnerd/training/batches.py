@@ -49,7 +49,7 @@ def draw_step(
 def _torch_numbers(
     seed: int, step: int, positions: range, shape: tuple[int, int, int], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normal [B, C, H, W] and [B], uniform [B, 3], from torch's generators; on a GPU its model decides on the values."""
+    """Normal [B, C, H, W] and [B], uniform [B, 3], from torch's generators, which differ between devices."""
     noise, normals, uniforms = [], [], []
     for position in positions:
         g = generator(device, seed, Purpose.TRAINING_STEP, step, position)
@@ -64,7 +64,9 @@ def _philox_numbers(
     seed: int, step: int, positions: range, shape: tuple[int, int, int], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same from Philox, equal on every device. The [B] are in float64: so is the sigmoid that gives the times."""
-    images = torch.arange(positions.start, positions.stop, positions.step, device=device)  # not copied: a GPU would wait
+    images = torch.arange(
+        positions.start, positions.stop, positions.step, device=device
+    )  # not copied: a GPU would wait
     bits = functools.partial(random_bits, seed, Purpose.TRAINING_STEP, step)
     few = bits(0, images, 4)  # [B, 4]
     pieces = images.split(1 if device.type == "cpu" else len(images))  # one image fits a CPU's cache
