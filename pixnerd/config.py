@@ -76,6 +76,9 @@ class TrainConfig:
     """processes that load images; 0 loads them in this one"""
     seed: Index = 0
     """seed of the initial weights, data order, noise, times and dropout"""
+    noise: Literal["torch", "philox"] = "torch"
+    """where noise, times and dropout come from: torch's generators, whose numbers depend on the kind of device, or a
+    counter-based one that gives the same numbers on a CPU and on every GPU"""
 
     # --- network ---
     model: ModelConfig = SIZES["L/16"]

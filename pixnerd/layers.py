@@ -20,13 +20,22 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x²) + 1e-6) · weight over the last axis, in the input's own precision (so bf16 stays fused)."""
+    """x / sqrt(mean(x²) + 1e-6) · weight over the last axis; input and output in x's precision, sums in float32.
+
+    CUDA's autocast, unlike the CPU's, would run rms_norm in float32, and keep a float32 copy of x for the backward
+    pass. The kernel for bfloat16 computes in float32 too and rounds only its result, so nothing is lost by asking for
+    it.
+    """
 
     def __init__(self, width: int):
         super().__init__(width, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        weight = self.weight.to(x.dtype)
+        if x.device.type != "cuda":
+            return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        with torch.autocast("cuda", enabled=False):
+            return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 @functools.lru_cache(maxsize=32)

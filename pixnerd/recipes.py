@@ -28,6 +28,7 @@ TEXT_256 = TrainConfig(
     betas=(0.9, 0.95),
     clip=1.0,
     cache_text=False,  # the features of millions of captions do not fit on a disk
+    noise="philox",  # for GPUs, whose models differ in torch's numbers; recipes for a CPU keep those of their figures
     time_shift=2.0,
     workers=8,
     sampling=SamplingConfig(steps=25, solver="adams2", guidance=4.0, interval=(0.0, 1.0), shift=3.0),
@@ -76,7 +77,7 @@ EMOJI_TEXT = TrainConfig(
 RECIPES = Recipes(
     {
         # arXiv 2507.23268: 160 epochs of ImageNet on many GPUs; name your copy with --data folder:PATH
-        "imagenet-256": TrainConfig(model=SIZES["XL/16"], horizontal_flip=True, workers=8),
+        "imagenet-256": TrainConfig(model=SIZES["XL/16"], horizontal_flip=True, workers=8, noise="philox"),
         "text-256": TEXT_256,
         "text-512": TEXT_512,
         "text-tune": TEXT_TUNE,

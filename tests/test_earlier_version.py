@@ -49,5 +49,5 @@ def test_settings_that_it_did_not_know_get_their_defaults():
     for name in ("perceptual", "perceptual_weight", "extra_ema_decays"):
         del entries[name]
     config = TrainConfig.from_dict(entries)
-    assert (config.perceptual, config.extra_ema_decays) == ("", ())
+    assert (config.perceptual, config.extra_ema_decays, config.noise) == ("", (), "torch")
     assert config.sampling == SamplingConfig(steps=2, solver="adams2")

@@ -5,6 +5,7 @@ is identical to an uninterrupted one. Dimension letters: B images, C channels, H
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from ..config import TrainConfig
 from ..data import ImageDataset
 from ..distributed import World
 from ..errors import InputError
-from ..randomness import Purpose, derived_seed, generator, permuted
+from ..randomness import Purpose, derived_seed, generator, normal, permuted, random_bits, uniform
 
 LISTED = 2**22  # images; the order of a larger data set is computed image by image, a list would fill every worker
 
@@ -39,17 +40,40 @@ def draw_step(
     config: TrainConfig, step: int, positions: range, shape: tuple[int, int, int], device: torch.device
 ) -> StepDraws:
     """The random draws of `step` for the images at `positions` of the global batch, each of shape [C, H, W]."""
-    noise, normal, uniform, caption = [], [], [], []
-    for position in positions:
-        g = generator(device, config.seed, Purpose.TRAINING_STEP, step, position)
-        normal.append(torch.randn((), generator=g, device=device))
-        uniform.append(torch.rand(2, generator=g, device=device))
-        noise.append(torch.randn(shape, generator=g, device=device))
-        caption.append(torch.rand((), generator=g, device=device))
-    drop, flip = torch.stack(uniform).unbind(1)
-    t = flow.logit_normal_time(torch.stack(normal), config.time_shift)
+    numbers = _philox_numbers if config.noise == "philox" else _torch_numbers
+    noise, normals, uniforms = numbers(config.seed, step, positions, shape, device)
+    drop, flip, caption = uniforms.unbind(1)
+    t = flow.logit_normal_time(normals, config.time_shift).float()
     flipped = flip < 0.5 if config.horizontal_flip else torch.zeros_like(flip, dtype=torch.bool)
-    return StepDraws(torch.stack(noise), t, drop < config.label_dropout, flipped, torch.stack(caption))
+    return StepDraws(noise, t, drop < config.label_dropout, flipped, caption)
+
+
+def _torch_numbers(
+    seed: int, step: int, positions: range, shape: tuple[int, int, int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normal [B, C, H, W] and [B], uniform [B, 3], from torch's generators, which differ between devices."""
+    noise, normals, uniforms = [], [], []
+    for position in positions:
+        g = generator(device, seed, Purpose.TRAINING_STEP, step, position)
+        normals.append(torch.randn((), generator=g, device=device))
+        two = torch.rand(2, generator=g, device=device)
+        noise.append(torch.randn(shape, generator=g, device=device))
+        uniforms.append(torch.cat((two, torch.rand(1, generator=g, device=device))))
+    return torch.stack(noise), torch.stack(normals), torch.stack(uniforms)
+
+
+def _philox_numbers(
+    seed: int, step: int, positions: range, shape: tuple[int, int, int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from Philox, equal on every device. The [B] are in float64: so is the sigmoid that gives the times."""
+    images = torch.arange(
+        positions.start, positions.stop, positions.step, device=device
+    )  # not copied: a GPU would wait
+    bits = functools.partial(random_bits, seed, Purpose.TRAINING_STEP, step)
+    few = bits(0, images, 4)  # [B, 4]
+    pieces = images.split(1 if device.type == "cpu" else len(images))  # one image fits a CPU's cache
+    noise = torch.cat([normal(bits(1, piece, math.prod(shape))) for piece in pieces])
+    return noise.view(-1, *shape), normal(few[:, 0]).double(), uniform(few[:, 1:])
 
 
 @functools.lru_cache(maxsize=2)  # a batch can span two epochs

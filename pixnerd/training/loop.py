@@ -184,7 +184,12 @@ def build_state(job: Job, checkpoint: Path | None) -> TrainingState:
 
 
 def compile_regions(model: PatchDenoiser) -> None:
-    """torch.compile each repeated part separately: as fast as the whole model at once, and compiled only once."""
+    """torch.compile each repeated part separately: as fast as the whole model at once, and compiled only once.
+
+    Two graphs in all, one of a block and one of the head. torch would cut a block's graph wherever one of DDP's buckets
+    of gradients ends; the blocks are pieces enough to send gradients while others are computed.
+    """
+    torch._dynamo.config.optimize_ddp = False
     for block in model.blocks:
         block.compile()
     if isinstance(model.head, NeuralFieldHead):

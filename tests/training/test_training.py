@@ -9,7 +9,7 @@ import torch
 from pixnerd import InputError, ModelConfig, data, flow, load, training
 from pixnerd.conditions import training_conditions
 from pixnerd.model import PixNerd
-from pixnerd.randomness import Purpose, derived_seed
+from pixnerd.randomness import Purpose, derived_seed, normal, random_bits
 from pixnerd.runs import Run
 from pixnerd.text import TextModelConfig
 from pixnerd.training import NonFiniteLoss, TrainConfig, draw_step, step_indices, step_size, train
@@ -134,8 +134,12 @@ def test_ema_is_the_weighted_sum_of_all_weights(tmp_path):
     assert averaged.dtype == torch.float32
 
 
-def test_draws_belong_to_positions_of_the_global_batch():
-    config = config_for("unused")
+noises = pytest.mark.parametrize("noise", ["torch", "philox"])
+
+
+@noises
+def test_draws_belong_to_positions_of_the_global_batch(noise):
+    config = config_for("unused", noise=noise)
     whole = draw_step(config, 3, range(8), (3, 4, 4), CPU)
     halves = [draw_step(config, 3, positions, (3, 4, 4), CPU) for positions in (range(4), range(4, 8))]
     for name in whole._fields:
@@ -146,8 +150,9 @@ def test_draws_belong_to_positions_of_the_global_batch():
     assert not torch.isclose(whole.t, later.t).any()
 
 
-def test_draws_have_the_stated_distributions():
-    config = config_for("unused", label_dropout=0.1)
+@noises
+def test_draws_have_the_stated_distributions(noise):
+    config = config_for("unused", label_dropout=0.1, noise=noise)
     draws = [draw_step(config, step, range(64), (1, 4, 4), CPU) for step in range(60)]
     noise, t, dropped, flipped, caption = (torch.cat(parts) for parts in zip(*draws, strict=True))
     assert noise.mean().abs() < 0.02
@@ -158,6 +163,21 @@ def test_draws_have_the_stated_distributions():
     assert flipped.double().mean() == pytest.approx(0.5, abs=0.04)
     assert caption.mean() == pytest.approx(0.5, abs=0.02)
     assert torch.corrcoef(torch.stack((torch.logit(t), dropped.float(), flipped.float())))[0, 1:].abs().max() < 0.06
+
+
+def test_philox_draws_are_those_of_its_numbers():
+    """Each image has a stream of four numbers, for t, dropout, mirror and caption, and a stream of noise."""
+    config = config_for("unused", noise="philox", seed=4, time_shift=2.0, label_dropout=0.4)
+    draws = draw_step(config, 9, range(16, 24), (3, 4, 4), CPU)
+    few, noise = (random_bits(4, Purpose.TRAINING_STEP, 9, s, torch.arange(16, 24), n) for s, n in ((0, 4), (1, 48)))
+    shares = few[:, 1:].double() / 2**32
+    assert draws.noise.equal(normal(noise).view(8, 3, 4, 4))
+    u = torch.sigmoid(normal(few[:, 0]))
+    torch.testing.assert_close(draws.t, u / (u + (1 - u) * 2))
+    assert draws.dropped.equal(shares[:, 0] < 0.4)
+    assert draws.flipped.equal(shares[:, 1] < 0.5)
+    torch.testing.assert_close(draws.caption, shares[:, 2].float(), rtol=0, atol=2**-24)
+    assert {draw.dtype for draw in (draws.noise, draws.t, draws.caption)} == {torch.float32}
 
 
 def test_every_image_once_an_epoch_and_resuming_keeps_the_order():
