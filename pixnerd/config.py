@@ -166,6 +166,10 @@ class TrainConfig:
         """Sides of the training images in pixels, one size or several."""
         return self.decode_sizes or (self.model.image_size,)
 
+    def computes_in_bfloat16(self, device_type: str) -> bool:
+        """Whether the network computes in bfloat16 on a device of this type."""
+        return self.precision == "bfloat16" or (self.precision == "auto" and device_type == "cuda")
+
     @property
     def ema_decays(self) -> dict[str, float]:
         """Name of each moving average in a checkpoint → its decay."""

@@ -5,10 +5,11 @@ by torchrun is on its own, and then everything here is free.
 """
 
 import concurrent.futures
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import InputError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 
@@ -118,24 +122,44 @@ def join(device: torch.device | None = None) -> World:
 def leave() -> None:
     """Shut down communication with the other processes, at the end of a program."""
     if dist.is_initialized():
+        sharding_mesh.cache_clear()
         dist.destroy_process_group()
 
 
-def shard(model: nn.Module, world: World) -> None:
+def shard(model: nn.Module, world: World, bf16: bool) -> None:
     """FSDP2: every process keeps a part of each weight, of its gradient and of its optimiser state.
 
     A block's weights are gathered while it computes and freed afterwards, so memory per process shrinks with the number
-    of processes. Source: Zhao et al. 2304.11277.
+    of processes. Source: Zhao et al. 2304.11277. With `bf16` weights are gathered in bfloat16, half the traffic, and
+    gradients are summed in float32; what a process keeps is float32. Inputs are left to autocast, which casts those of
+    matrix products alone: times and positions need float32.
     """
     if not dist.is_initialized():
         raise InputError("shard is on, but this process is alone: start it with torchrun")
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
+    mesh = sharding_mesh(world.device.type, world.size)
     for block in (*getattr(model, "blocks", ()), *getattr(model, "text_blocks", ())):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+@functools.lru_cache(maxsize=1)  # every mesh has communicators of its own
+def sharding_mesh(device_type: str, processes: int) -> "DeviceMesh":
+    """The processes among which weights are sharded: within each node if there are several, else all of them.
+
+    Several nodes hold the same shards and average their gradients (HSDP), so that weights travel within a node alone.
+    Nodes of different sizes, or of one process each, are treated as one.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    sizes: list[int] = [0] * processes
+    dist.all_gather_object(sizes, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
+    node = sizes[0]
+    if set(sizes) != {node} or not 1 < node < processes or processes % node:
+        return init_device_mesh(device_type, (processes,))
+    return init_device_mesh(device_type, (processes // node, node), mesh_dim_names=("nodes", "processes"))
 
 
 def is_sharded(model: nn.Module) -> bool:

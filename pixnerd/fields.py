@@ -94,7 +94,9 @@ class NeuralFieldHead(nn.Module):
         1,024 patches. The backward pass begins at the head, so recomputing it in one piece would not lower the memory
         peak.
         """
-        table = coordinate_table(self.encoding, *patch, self.embed.weight.dtype, pixels.device)  # [K, F]
+        dtype = self.embed.weight.dtype
+        precision = torch.promote_types(dtype, torch.float32)  # bfloat16 is too coarse for angles
+        table = coordinate_table(self.encoding, *patch, precision, pixels.device).to(dtype)  # [K, F]
         if not (recompute and torch.is_grad_enabled()):
             return self.decode(pixels, s, table)
         pieces = math.ceil(len(s) / PATCHES_PER_PIECE)

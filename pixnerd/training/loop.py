@@ -118,8 +118,7 @@ class Job:
     @property
     def bf16(self) -> bool:
         """Whether the network computes in bfloat16."""
-        on_gpu = self.world.device.type == "cuda"
-        return self.config.precision == "bfloat16" or (self.config.precision == "auto" and on_gpu)
+        return self.config.computes_in_bfloat16(self.world.device.type)
 
     @property
     def compiles(self) -> bool:
@@ -157,7 +156,7 @@ def build_models(config: TrainConfig, num_classes: int | None, world: World, fre
             model.load_state_dict(weights)
     for name, model in models.items():
         if config.shard:
-            shard(model, world)
+            shard(model, world, config.computes_in_bfloat16(world.device.type))
         if name != "model":
             model.eval().requires_grad_(False)
     return models

@@ -281,7 +281,7 @@ class Alignment:
             torch.manual_seed(derived_seed(config.seed, Purpose.PROJECTOR_WEIGHTS))
             projector = Projector(config.model.width, teacher.features).to(world.device)
         if config.shard:
-            shard(projector, world)
+            shard(projector, world, config.computes_in_bfloat16(world.device.type))
         self.projector = replicate(projector, world)
 
     def __call__(self, losses: FlowLoss, batch: Batch) -> Tensor:

@@ -57,6 +57,7 @@ def test_two_graphs_without_breaks_or_recompilations(tmp_path, monkeypatch, requ
         batch_size=4,
         accumulate=2,
         compile="on",
+        precision="bfloat16",
         recompute=recompute,
         shard=way == "FSDP2",
         align="a teacher",
