@@ -42,7 +42,7 @@ def sample_noise(shape: tuple[int, int, int], indices: Sequence[int], seed: int 
     """
     cpu = torch.device("cpu")  # on every machine, so that a seed gives the same image with or without a GPU
     keyed = (generator(cpu, seed, Purpose.SAMPLE_NOISE, index, step) for index in indices)
-    return torch.stack([torch.randn(shape, generator=g) for g in keyed])
+    return torch.stack([torch.randn(shape, generator=g, device=cpu) for g in keyed])
 
 
 def trajectory(

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,9 +48,10 @@ def watch() -> dict[str, set[str]]:
         "averaged": ("all_reduce",),
     }
     for name, functions in exchanges.items():
-        for function in functions:
+        for function in filter(partial(hasattr, dist), functions):
+            original = getattr(dist, function)
 
-            def watched(*tensors, name=name, original=getattr(dist, function, None), **options):
+            def watched(*tensors, name=name, original=original, **options):
                 output = options.get("output", tensors[0] if tensors else None)
                 if output.numel() > 100:  # not the losses
                     seen[name].add(f"{output.dtype} over {dist.get_world_size(options.get('group'))}")

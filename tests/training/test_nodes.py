@@ -1,4 +1,4 @@
-"""Four processes on a CPU (gloo) as two nodes of two: shards within a node, copies between nodes, bfloat16 exchanged."""
+"""Four processes on a CPU (gloo) as two nodes of two: shards within a node, copies between nodes, in bfloat16."""
 
 import json
 import os
