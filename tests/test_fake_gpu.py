@@ -1,6 +1,8 @@
 """Everything that runs on a GPU, on a fake one: shapes, precisions and devices fit, and nothing waits for a value."""
 
 import dataclasses
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -198,3 +200,11 @@ def test_a_step_never_waits_for_the_gpu_and_has_few_operators(monkeypatch, reque
     assert operators.copies == 3 * ["aten._to_copy.default"]
     assert operators.waits == 0
     assert operators.counts.total() < (1220 if align else 1050)  # 1158 and 994 with torch 2.15
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_checks_for_a_real_gpu_say_that_they_need_one(tmp_path):
+    command = [sys.executable, "-m", "tests.measure.gpu_checks"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "These checks need a GPU, and torch finds none here.\n"
