@@ -185,9 +185,8 @@ def test_a_step_never_waits_for_the_gpu_and_has_few_operators(monkeypatch, reque
     monkeypatch.setattr(torch.Tensor, "backward", accumulate)
     world, conditions = World(0, 1, CUDA), Labels(10)
     with fake_gpu():
-        one = batches.LoadedImages(
-            torch.empty(4, 3, 64, 64, dtype=torch.uint8), *torch.empty(2, 4, dtype=torch.long).unbind()
-        )
+        pixels, labels = torch.empty(4, 3, 64, 64, dtype=torch.uint8), torch.empty(4, dtype=torch.long)
+        one = batches.LoadedImages(pixels, labels, labels.clone(), tokens=None)
         monkeypatch.setattr(batches, "DataLoader", lambda *_, **__: [one, one])
         job = loop.Job(config, None, {64: [None] * 9}, conditions, losses.loss_terms(config, world), world)
         state = loop.build_state(job, None)
