@@ -54,7 +54,7 @@ def open_images(source: str | Path, image_size: int | None = None) -> Images:
         return Images(len(files), lambda batch_size: _file_batches(files, batch_size, image_size))
     if str(source).partition(":")[0] not in data.DATA_SETS or image_size is None:
         raise InputError(f"{source} does not exist; images come from a .npz, a run, a folder of pictures or a data set")
-    dataset = data.load(str(source), image_size, check=False)  # a bad file is named when it is read
+    dataset = data.open_data_set(str(source), image_size)  # a bad file is named when it is read
     return Images(len(dataset), lambda batch_size: _dataset_batches(dataset, batch_size))
 
 
