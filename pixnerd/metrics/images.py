@@ -110,10 +110,10 @@ def _file_batches(files: PictureFiles, batch_size: int, image_size: int | None) 
     shape = None
     for start in range(0, len(files), batch_size):
         pixels = []
-        for number in range(start, min(start + batch_size, len(files))):
-            pixels.append(read_pixels(files[number], files[number], image_size))
+        for file in files[start : start + batch_size]:
+            pixels.append(read_pixels(file, file, image_size))
             shape = shape or pixels[0].shape
-            _check_size(files[number], pixels[-1].shape[1:], shape[1:])
+            _check_size(file, pixels[-1].shape[1:], shape[1:])
         yield torch.stack(pixels)
 
 
