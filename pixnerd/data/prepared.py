@@ -238,7 +238,7 @@ def _begin(shards: Shards, name: str) -> None:
         "images": len(source),
         "images a shard": shards.images,
         "labels": hashlib.sha256(source.labels.numpy().tobytes()).hexdigest()[:16],
-        "classes": hashlib.sha256("\n".join(source.classes).encode()).hexdigest()[:16],
+        "classes": hashlib.sha256(os.fsencode("\n".join(source.classes))).hexdigest()[:16],
     }
     if shards.folder.exists() and not shards.folder.is_dir():
         raise InputError(f"{shards.folder} is a file; the output has to be a folder")
@@ -270,7 +270,8 @@ def _finish(shards: Shards, name: str) -> Copy:
         "classes": source.classes,
         "labels": source.labels[kept].tolist(),
     }
-    write_atomically(folder / SKIPPED, "".join(f"{sentence}\n" for sentence in skipped.values()))
+    lines = "".join(f"{sentence}\n" for sentence in skipped.values())
+    write_atomically(folder / SKIPPED, lines.encode(errors="backslashreplace").decode())  # names need not be UTF-8
     write_atomically(folder / MANIFEST, json.dumps(manifest) + "\n")
     return Copy(Prepared(folder, source.image_size), kept, list(skipped.values()))
 
