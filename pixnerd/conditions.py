@@ -180,7 +180,7 @@ class Captions:
         return prompts
 
     def subjects(self, reference: str, image_size: int) -> Sequence[str]:
-        captions = [plainest for plainest, *_ in data.load(reference, image_size, check=False).captions]
+        captions = [plainest for plainest, *_ in data.load(reference, image_size).captions]
         if not captions:
             raise InputError(f"a text model samples captions, and {reference!r} has none: choose another --reference")
         return captions

@@ -125,7 +125,7 @@ class Samples:
         self.image_size = self.model.config.image_size
         self.conditions: Conditions = model_conditions(self.model, run_config, world.device)
         if self.conditions.subject == "class" and self.reference == run_config.data and run.classes():
-            run.check_classes(data.load(self.reference, self.image_size, check=False).classes)
+            run.check_classes(data.open_data_set(self.reference, self.image_size).classes)
         self.subjects: Sequence[Subject] = self.conditions.subjects(self.reference, self.image_size)
         self.labels = torch.arange(config.draw) % len(self.subjects)  # [images], indices of subjects
         if config.classes == "random":

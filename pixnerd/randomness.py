@@ -40,31 +40,6 @@ def generator(device: torch.device, seed: int, purpose: Purpose, *key: int) -> t
     return torch.Generator(device).manual_seed(derived_seed(seed, purpose, *key))
 
 
-def permuted(index: int, size: int, seed: int) -> int:
-    """Entry `index` of a permutation of 0 … size − 1 that is computed entry by entry, in constant memory.
-
-    A Feistel network permutes 0 … 4**n − 1 for the smallest 4**n ≥ size; it is applied again until the result is below
-    size, four times at most on average. Source: Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains".
-    """
-    half = ((size - 1).bit_length() + 1) // 2
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
-        for number in range(6):
-            left, right = right, left ^ (_mixed(seed + (number << half) + right) & mask)
-        index = left << half | right
-        if index < size:
-            return index
-
-
-def _mixed(value: int) -> int:
-    """64 bits that look independent for neighbouring values: the finaliser of SplitMix64 (Steele et al. 2014)."""
-    value = (value + 1) * 0x9E3779B97F4A7C15 & (1 << 64) - 1
-    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & (1 << 64) - 1
-    value = (value ^ value >> 27) * 0x94D049BB133111EB & (1 << 64) - 1
-    return value ^ value >> 31
-
-
 # --- Philox: the same bits on every device ---------------------------------------------------------------------------
 
 
@@ -139,3 +114,20 @@ def normal(bits: Tensor) -> Tensor:
     for coefficient in _normal_table(bits.device):  # in place: allocating costs a CPU more than computing
         z.mul_(f).bitwise_right_shift_(26).add_(coefficient.index_select(0, segment))
     return z.float().mul_(2**-31).view_as(bits)
+
+
+def permuted(index: int, size: int, seed: int) -> int:
+    """Entry `index` of a permutation of 0 … size − 1 that is computed entry by entry, in constant memory.
+
+    A Feistel network permutes 0 … 4**n − 1 for the smallest 4**n ≥ size; it is applied again until the result is below
+    size, four times at most on average. Source: Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains".
+    """
+    half = ((size - 1).bit_length() + 1) // 2
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for number in range(6):
+            left, right = right, left ^ (philox((right, number, 0, 0), (seed & MASK, seed >> 32))[0] & mask)
+        index = left << half | right
+        if index < size:
+            return index

@@ -12,7 +12,10 @@ from torchvision.transforms.functional import gaussian_blur
 
 from pixnerd import InputError, data, load, sample
 from pixnerd.cli import main
+from pixnerd.config import EvaluationConfig, SamplingConfig
+from pixnerd.data.pictures import read_pixels
 from pixnerd.distributed import World
+from pixnerd.evaluation import evaluate as measure
 from pixnerd.frozen.efficientnet import EfficientNet
 from pixnerd.frozen.inception import Inception
 from pixnerd.metrics import features
@@ -82,6 +85,31 @@ def test_what_holds_no_images_is_named(tmp_path):
             open_images(tmp_path / name)
     with pytest.raises(InputError, match=r"1.png has \(9, 8\) pixels, those before it \(8, 8\)"):
         list(open_images(tmp_path / "empty").batches(2))
+
+
+def test_photographs_of_any_size_are_a_reference_but_not_samples(tmp_path):
+    sizes = [(40, 24), (24, 24), (100, 70)]
+    for number, size in enumerate(sizes):
+        noise = pictures(1, 100)[0].permute(1, 2, 0).numpy()
+        Image.fromarray(noise).resize(size).save(tmp_path / f"{number}.png")
+    found = torch.cat(list(open_images(tmp_path, 16).batches(2)))
+    expected = [read_pixels(tmp_path / f"{number}.png", "", 16) for number in range(3)]
+    assert torch.equal(found, torch.stack(expected))
+    whole = data.pictures.center_crop(Image.open(tmp_path / "1.png"), 16)
+    assert torch.equal(found[1].permute(1, 2, 0), torch.tensor(np.array(whole)))
+    with pytest.raises(InputError, match=r"1.png has \(24, 24\) pixels, those before it \(24, 40\); .* --reference"):
+        open_images(tmp_path)
+
+
+def test_a_run_whose_data_has_other_classes_now_is_not_measured(tmp_path):
+    for name in "ab":
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "data" / name / "0.png")
+    config = config_for(tmp_path / "run", data=f"folder:{tmp_path / 'data'}", steps=1)
+    list(train(config, torch.device("cpu")))
+    (tmp_path / "data/a").rename(tmp_path / "data/c")
+    with pytest.raises(InputError, match="its data had label 0 for 'a', now it is 'b'"):
+        measure(EvaluationConfig(str(tmp_path / "run"), draw=2, sampling=SamplingConfig(steps=1)))
 
 
 def test_a_file_that_was_cut_off_is_named_when_its_end_is_reached(tmp_path):

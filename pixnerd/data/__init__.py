@@ -39,23 +39,27 @@ DATA_SETS = {
 NAMES = ", ".join(form for source in DATA_SETS.values() for form in source.forms)
 
 
-def load(name: str, image_size: int, check: bool = True) -> ImageDataset:
-    """The data set called `name`, with images of image_size × image_size.
+def load(name: str, image_size: int) -> ImageDataset:
+    """The data set called `name`, with images of image_size × image_size, after a look at the header of every file.
 
-    `check` looks at the header of every file, see `ImageDataset.check`. Raises InputError for an unknown name or data
-    that cannot be used.
+    Raises:
+        InputError: the name is unknown, or the data cannot be used.
     """
+    dataset = open_data_set(name, image_size)
+    dataset.check()
+    return dataset
+
+
+def open_data_set(name: str, image_size: int) -> ImageDataset:
+    """As `load`, but a bad file is named only when it is read."""
     kind, _, argument = name.partition(":")
     source = DATA_SETS.get(kind)
     if source is None or not any((":" in form) == bool(argument) for form in source.forms):
         raise InputError(f"data set {name!r} is unknown; known: {NAMES}")
     module, _, opener = source.opener.partition(".")
-    open_data_set = getattr(importlib.import_module(f".{module}", __name__), opener)
+    opened_by = getattr(importlib.import_module(f".{module}", __name__), opener)
     takes_argument = any(":" in form for form in source.forms)
-    dataset = open_data_set(argument, image_size) if takes_argument else open_data_set(image_size)
-    if check:
-        dataset.check()
-    return dataset
+    return opened_by(argument, image_size) if takes_argument else opened_by(image_size)
 
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(

@@ -223,7 +223,7 @@ class CaptionShards(ImageDataset):
     def __init__(self, root: str | Path, image_size: int):
         root = Path(root)
         entries = entries_of(root) if root.is_dir() else []
-        shards = [root / entry.name for entry in entries if entry.name.lower().endswith(".tar") and not entry.is_dir()]
+        shards = [root / entry.name for entry in entries if entry.name.lower().endswith(".tar")]
         if not shards:
             raise InputError(f"{root} is not a folder with .tar files, which 'shards:PATH' needs")
         self._samples = Samples(shards)

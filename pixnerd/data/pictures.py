@@ -42,7 +42,9 @@ class PictureFiles(Sequence[Path]):
     def __len__(self) -> int:
         return len(self._names)
 
-    def __getitem__(self, index: int) -> Path:
+    def __getitem__(self, index: int | slice) -> Path | list[Path]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
         return self.root / os.fsdecode(self._names[index])
 
 

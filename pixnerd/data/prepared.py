@@ -103,7 +103,28 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     needed = {"source", "image_size", "channels", "classes", "labels", "shards"} - manifest.keys()
     if needed:
         raise InputError(f"{root / MANIFEST} is not one of `pixnerd prepare`: it lacks {', '.join(sorted(needed))}")
+    try:
+        _check_manifest(**{name: manifest[name] for name in ("image_size", "channels", "classes", "labels", "shards")})
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise InputError(f"{root / MANIFEST} is not one of `pixnerd prepare`, or is damaged: {error}") from error
     return manifest
+
+
+def _check_manifest(image_size: int, channels: int, classes: list[str], labels: list[int], shards: list[Any]) -> None:
+    """Raise a ValueError, or what wrong types raise, unless the entries of a manifest fit each other."""
+    image_bytes = channels * image_size * image_size
+    for shard in shards:
+        if shard["bytes"] - shard["images"] * image_bytes < 0 or not isinstance(shard["sha256"], str):
+            raise ValueError(f"{shard['file']} is too short for its images")
+        if shard["file"] != Path(shard["file"]).name:
+            raise ValueError(f"{shard['file']} is not the name of a file beside it")
+    images = sum(shard["images"] for shard in shards)
+    if channels not in (1, 3) or not shards or images != len(labels):
+        raise ValueError(f"it has {len(labels)} labels for {images} images with {channels} channels")
+    if not all(type(label) is int and 0 <= label < len(classes) for label in labels):
+        raise ValueError(f"a label is not one of 0 … {len(classes) - 1}")
+    if not all(isinstance(name, str) for name in classes):
+        raise ValueError("a class is not a name")
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
@@ -130,10 +151,15 @@ class Shards(Dataset):
 
     def record(self, number: int) -> dict[str, Any] | None:
         """file, images, bytes, sha256, skipped ([index, sentence] each) of a finished shard; None if unfinished."""
-        beside = self._path(number).with_suffix(".json")
-        record = json.loads(beside.read_text()) if beside.is_file() else None
         path = self._path(number)
-        return record if record and path.is_file() and path.stat().st_size == record["bytes"] else None
+        try:
+            record = read_json(path.with_suffix(".json"), "the record of a shard")
+            skipped = [(int(index), str(sentence)) for index, sentence in record["skipped"]]
+            complete = record["images"] == len(self.indices(number)) - len(skipped) and record["file"] == path.name
+            is_whole = complete and isinstance(record["sha256"], str) and path.stat().st_size == record["bytes"]
+        except (OSError, KeyError, TypeError, ValueError):  # missing, damaged or half of one: it is written again
+            return None
+        return record if is_whole else None
 
     def __getitem__(self, number: int) -> int | InputError:
         indices, path = self.indices(number), self._path(number)
@@ -212,7 +238,7 @@ def _begin(shards: Shards, name: str) -> None:
         "images": len(source),
         "images a shard": shards.images,
         "labels": hashlib.sha256(source.labels.numpy().tobytes()).hexdigest()[:16],
-        "classes": hashlib.sha256("\n".join(source.classes).encode()).hexdigest()[:16],
+        "classes": hashlib.sha256(os.fsencode("\n".join(source.classes))).hexdigest()[:16],
     }
     if shards.folder.exists() and not shards.folder.is_dir():
         raise InputError(f"{shards.folder} is a file; the output has to be a folder")
@@ -244,7 +270,8 @@ def _finish(shards: Shards, name: str) -> Copy:
         "classes": source.classes,
         "labels": source.labels[kept].tolist(),
     }
-    write_atomically(folder / SKIPPED, "".join(f"{sentence}\n" for sentence in skipped.values()))
+    lines = "".join(f"{sentence}\n" for sentence in skipped.values())
+    write_atomically(folder / SKIPPED, lines.encode(errors="backslashreplace").decode())  # names need not be UTF-8
     write_atomically(folder / MANIFEST, json.dumps(manifest) + "\n")
     return Copy(Prepared(folder, source.image_size), kept, list(skipped.values()))
 

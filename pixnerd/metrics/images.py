@@ -54,7 +54,7 @@ def open_images(source: str | Path, image_size: int | None = None) -> Images:
         return Images(len(files), lambda batch_size: _file_batches(files, batch_size, image_size))
     if str(source).partition(":")[0] not in data.DATA_SETS or image_size is None:
         raise InputError(f"{source} does not exist; images come from a .npz, a run, a folder of pictures or a data set")
-    dataset = data.load(str(source), image_size, check=False)  # a bad file is named when it is read
+    dataset = data.open_data_set(str(source), image_size)  # a bad file is named when it is read
     return Images(len(dataset), lambda batch_size: _dataset_batches(dataset, batch_size))
 
 
@@ -110,10 +110,10 @@ def _file_batches(files: PictureFiles, batch_size: int, image_size: int | None) 
     shape = None
     for start in range(0, len(files), batch_size):
         pixels = []
-        for number in range(start, min(start + batch_size, len(files))):
-            pixels.append(read_pixels(files[number], files[number], image_size))
+        for file in files[start : start + batch_size]:
+            pixels.append(read_pixels(file, file, image_size))
             shape = shape or pixels[0].shape
-            _check_size(files[number], pixels[-1].shape[1:], shape[1:])
+            _check_size(file, pixels[-1].shape[1:], shape[1:])
         yield torch.stack(pixels)
 
 

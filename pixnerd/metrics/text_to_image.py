@@ -18,13 +18,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, get_args
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from ..data import to_uint8
+from ..data.pictures import read_pixels
 from ..differences import differences
 from ..errors import InputError
 from ..files import replacing, write_atomically
@@ -310,13 +309,9 @@ def load_picture(out: Path, picture: Picture) -> Tensor:
         InputError: it is missing or damaged, or a grid whose sides do not divide evenly.
     """
     path = out / "images" / picture.path
-    try:
-        with Image.open(path) as image:
-            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)  # [3, rows·H, columns·W]
-    except FileNotFoundError as error:
-        raise InputError(f"{picture.path} is missing") from error
-    except Exception as error:  # a damaged file makes Pillow raise almost anything
-        raise InputError(f"{picture.path} cannot be read") from error
+    if not path.is_file():
+        raise InputError(f"{picture.path} is missing")
+    pixels = read_pixels(path, picture.path)  # [3, rows·H, columns·W]
     side = math.isqrt(len(picture.numbers))
     height, width = pixels.shape[1:]
     if height % side or width % side:

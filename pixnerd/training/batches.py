@@ -162,8 +162,9 @@ def load_datasets(config: TrainConfig, world: World) -> dict[int, ImageDataset]:
     """
 
     def load() -> dict[int, ImageDataset]:
-        first, *_ = sizes = config.image_sizes
-        return {size: data.load(config.data, size, check=world.leads and size == first) for size in sizes}
+        first, *others = config.image_sizes
+        opened = (data.load if world.leads else data.open_data_set)(config.data, first)
+        return {first: opened, **{size: data.open_data_set(config.data, size) for size in others}}
 
     return world.leader_first(load)
 

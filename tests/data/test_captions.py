@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from pixnerd import InputError, data
+from pixnerd import InputError, data, load
 from pixnerd.cli import main
 from pixnerd.data import captions
 from pixnerd.text import TextModelConfig
@@ -343,3 +343,83 @@ def test_data_prints_captions_and_shows_the_images(folder, shards, tmp_path, cap
         assert Image.open(sheet).width > 5 * 16
     main(["data", "digits"])
     assert "  image " not in capsys.readouterr().out
+
+
+# --- labels --------------------------------------------------------------------------------------------------------
+
+
+def labelled(labels, captions=None):
+    """Name → bytes of samples with a .cls and, if there are captions, a .txt."""
+    files = {}
+    for index, label in enumerate(labels):
+        files[f"{index:03}.png"] = picture(index)
+        files[f"{index:03}.cls"] = b"%d" % label if isinstance(label, int) else label
+        if captions:
+            files[f"{index:03}.txt"] = captions[index].encode()
+    return files
+
+
+def test_shards_with_labels_alone_have_classes(tmp_path):
+    write_shard(tmp_path / "f" / "a.tar", labelled([3, 0]))
+    write_shard(tmp_path / "f" / "B.TAR", labelled([5, b"1\n"]))
+    (tmp_path / "f" / "._a.tar").write_bytes(b"\0\5\x16\7")
+    for _ in range(2):  # scanned, then from the index
+        images = data.load(f"shards:{tmp_path / 'f'}", 16)
+        assert images.labels.tolist() == [5, 1, 3, 0]
+        assert images.classes == ["0", "1", "2", "3", "4", "5"]
+        assert list(images.captions) == []
+    assert images.batch([2, 0])[1].tolist() == [3, 5]
+    loose = write_files(tmp_path / "loose", {"0/x.png": picture(1)})
+    assert images.pixels(3).equal(data.load(f"folder:{loose}", 16).pixels(0))
+
+
+def test_shards_may_have_labels_and_captions(tmp_path):
+    write_shard(tmp_path / "f" / "a.tar", labelled([1, 0], ["a cat", "a dog\ndogs"]))
+    images = data.load(f"shards:{tmp_path / 'f'}", 16)
+    assert (images.labels.tolist(), list(images.captions)) == ([1, 0], [("a cat",), ("a dog", "dogs")])
+
+
+@pytest.mark.parametrize("label", [b"", b"cat", b"-1", b"1.0", b"100000", b"1 2", b"\xd9\xa1"])
+def test_a_label_is_a_whole_number(tmp_path, label):
+    write_shard(tmp_path / "f" / "a.tar", labelled([0, label]))
+    with pytest.raises(InputError, match=r"a.tar: 001.cls is .*; a label is a whole number below 100,000$"):
+        data.load(f"shards:{tmp_path / 'f'}", 16)
+
+
+def test_either_all_samples_have_a_label_or_none(tmp_path):
+    write_shard(tmp_path / "f" / "a.tar", files_of([0]))
+    write_shard(tmp_path / "f" / "b.tar", labelled([1, 2]))
+    with pytest.raises(InputError, match=r"1 of 3 samples have no .cls, the first is \S*/a.tar: 000.png; all need"):
+        data.load(f"shards:{tmp_path / 'f'}", 16)
+    write_shard(tmp_path / "f" / "a.tar", labelled([0], ["a cat"]))
+    with pytest.raises(InputError, match=r"2 of 3 samples have no .txt, the first is \S*/b.tar: 000.png; all need"):
+        data.load(f"shards:{tmp_path / 'f'}", 16)
+
+
+def test_hidden_folders_in_shards_are_ignored(tmp_path):
+    files = {"./000.png": picture(0), "./000.cls": b"0", "__MACOSX/001.png": b"-", ".cache/002.png": b"-"}
+    write_shard(tmp_path / "f" / "a.tar", files)
+    assert len(data.load(f"shards:{tmp_path / 'f'}", 16)) == 1
+
+
+def test_an_index_that_is_damaged_or_of_an_earlier_version_is_made_again(shards, cache, monkeypatch):
+    data.load(f"shards:{shards}", 16)
+    scanned = opened(monkeypatch)
+    for spoil in (b"", b"PK\3\4 cut", None):
+        for path in cache.iterdir():
+            if spoil is not None:
+                path.write_bytes(spoil)
+                continue
+            with np.load(path) as file:  # before labels were read
+                stamp, rows = file["stamp"], file["samples"][:, :4]
+            np.savez(path, stamp=stamp, rows=rows)
+        assert list(data.load(f"shards:{shards}", 16).captions) == CAPTIONS
+        assert sorted(scanned) == ["a.tar", "b.tar", "c.tar"]
+        scanned.clear()
+
+
+def test_a_class_conditional_model_trains_on_labelled_shards(tmp_path):
+    write_shard(tmp_path / "f" / "a.tar", labelled([2, 0, 1]))
+    tiny = ["--size", "nano/8", "--model.image-size", "16", "--batch-size", "2", "--steps", "2", "--compile", "off"]
+    main(["train", "--data", f"shards:{tmp_path / 'f'}", "--out", str(tmp_path / "run"), *tiny])
+    assert load(tmp_path / "run").num_classes == 3

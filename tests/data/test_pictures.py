@@ -1,12 +1,14 @@
 """Pictures of every kind that people have: what counts as one, and what its pixels are."""
 
 import io
+import json
 import os
 import resource
 import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from pixnerd.data import pictures
 from pixnerd.data.pictures import find_pictures, in_threads, read_pixels, to_rgb, upright_size
 from pixnerd.metrics.images import open_images
 
+ROOT = Path(__file__).parents[2]
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 40, 4), dtype=np.uint8)
 
 
@@ -292,3 +295,13 @@ def test_a_large_photograph_gives_no_warning(tmp_path):
     code = f"from pixnerd.data.pictures import *; check_header({str(tmp_path / 'a.png')!r}, '')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+def test_damaged_input_of_every_kind_is_read_or_refused_with_a_sentence():
+    """A short run of the measurement, whose cases have a seed."""
+    command = [sys.executable, "-m", "tests.measure.fuzz_data", "--cases", "80"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    counts = json.loads(done.stdout)
+    assert sum(counts.values()) == 80
+    assert len(counts) == 8  # each of four kinds is read, or refused

@@ -325,3 +325,54 @@ def test_from_the_command_line(root, tmp_path, capsys):
         main(command)
     assert stop.value.code == 2
     assert "00000.npy is damaged" in capsys.readouterr().err
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    folder = os.path.join(os.fsencode(tmp_path / "f"), b"caf\xe9")
+    try:
+        os.makedirs(folder)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    for name, content in ((b"\xe9.png", None), (b"bad\xe9.png", b"\x89PNG\r\n\x1a\n cut")):
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(content) if content else Image.new("RGB", (8, 8)).save(file, "PNG")
+    source = data.open_data_set(f"folder:{tmp_path / 'f'}", 8)
+    copy = data.prepare(source, "f", tmp_path / "copy", workers=0)
+    assert copy.images.classes == source.classes == [os.fsdecode(b"caf\xe9")]
+    assert len(copy.images) == 1
+    assert r"bad\udce9.png cannot be read as an image" in (tmp_path / "copy/skipped.txt").read_text()
+
+
+@pytest.mark.parametrize("spoil", ["", "{", "[]", '{"file": "00001.npy"}', None])
+def test_a_damaged_record_of_a_shard_is_made_again(root, tmp_path, spoil):
+    source, folder = source_of(root), tmp_path / "copy"
+    data.prepare(source, name_of(root), folder, workers=0)
+    path, manifest = folder / "00001.json", (folder / "manifest.json").read_bytes()
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "images": record["images"] - 1}) if spoil is None else spoil)
+    data.prepare(source, name_of(root), folder, workers=0)
+    assert json.loads(path.read_text()) == record
+    assert (folder / "manifest.json").read_bytes() == manifest
+
+
+WRONG = {
+    "a label beyond the classes": lambda m: m["labels"].__setitem__(0, 3),
+    "a negative label": lambda m: m["labels"].__setitem__(0, -1),
+    "a label that is text": lambda m: m["labels"].__setitem__(0, "0"),
+    "a label too many": lambda m: m["labels"].append(0),
+    "no shards": lambda m: m.update(shards=[]),
+    "another folder's file": lambda m: m["shards"][0].update(file="../00000.npy"),
+    "more images than bytes": lambda m: m["shards"][0].update(bytes=100),
+    "a size that is text": lambda m: m.update(channels="3"),
+    "no sha256": lambda m: m["shards"][0].pop("sha256"),
+}
+
+
+@pytest.mark.parametrize("spoil", WRONG.values(), ids=WRONG.keys())
+def test_a_manifest_whose_entries_do_not_fit_is_refused(root, tmp_path, spoil):
+    data.prepare(source_of(root), name_of(root), tmp_path / "copy", workers=0)
+    manifest = json.loads((tmp_path / "copy/manifest.json").read_text())
+    spoil(manifest)
+    (tmp_path / "copy/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"manifest.json is not one of `pixnerd prepare`, or is damaged: "):
+        data.load(f"prepared:{tmp_path / 'copy'}", manifest["image_size"])

@@ -2,14 +2,16 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 from pixnerd import InputError, ModelConfig, data, flow, load, training
 from pixnerd.conditions import training_conditions
 from pixnerd.model import PixNerd
-from pixnerd.randomness import Purpose, derived_seed, normal, random_bits
+from pixnerd.randomness import Purpose, derived_seed, normal, permuted, random_bits
 from pixnerd.runs import Run
 from pixnerd.text import TextModelConfig
 from pixnerd.training import NonFiniteLoss, TrainConfig, draw_step, step_indices, step_size, train
@@ -188,6 +190,80 @@ def test_every_image_once_an_epoch_and_resuming_keeps_the_order():
     assert epochs[0] != epochs[1]
     halves = [step_indices(20, config, 11, part) for part in (range(0, 3), range(3, 7))]  # two devices share a step
     assert halves[0] + halves[1] == order[77:84]
+
+
+@pytest.mark.parametrize("size", [2, 20, 64, 1000, 1025])
+def test_an_order_computed_image_by_image_is_a_permutation_too(size):
+    orders = [[permuted(index, size, seed) for index in range(size)] for seed in (1, 2)]
+    assert [sorted(order) for order in orders] == [list(range(size))] * 2
+    if size > 2:
+        assert orders[0] != orders[1] != list(range(size))
+
+
+def test_an_order_computed_image_by_image_looks_random():
+    """Where an image lands is uniform and independent of its neighbour's place and of its place in another epoch."""
+    size = 45_000_000
+    seeds = [derived_seed(0, Purpose.DATA_ORDER, epoch) for epoch in (0, 1)]
+    places = torch.tensor([[permuted(index, size, seed) for index in range(4000)] for seed in seeds]) / size
+    assert (torch.histc(places, 20, 0, 1) / 400 - 1).abs().max() < 0.2  # five standard deviations
+    pairs = torch.stack((places[0, :-1], places[0, 1:], places[1, :-1], torch.arange(3999.0)))
+    assert (torch.corrcoef(pairs) - torch.eye(4)).abs().max() < 0.08
+
+
+def test_large_data_sets_are_visited_once_an_epoch_in_constant_memory(monkeypatch):
+    config = config_for("unused", batch_size=7)
+    small = step_indices(2**22, config, 5, range(7))
+    assert small == training.shuffled(2**22, 0, 0)[35:42].tolist()  # as ever, since runs go on
+    monkeypatch.setattr("pixnerd.training.batches.shuffled", None)
+    assert max(step_indices(45_000_000, config, 10**6, range(7))) < 45_000_000
+    monkeypatch.setattr("pixnerd.training.batches.LISTED", 19)
+    order = [i for step in range(40) for i in step_indices(20, config, step, range(7))]
+    epochs = [order[i : i + 20] for i in range(0, 280, 20)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 14
+
+
+def folder_of(root, names):
+    for name in names:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for index in range(3):
+            Image.new("RGB", (16, 16), (80 * index, 0, 0)).save(root / name / f"{index}.png")
+    return f"folder:{root}"
+
+
+def test_a_run_records_its_classes_and_refuses_others(tmp_path):
+    config = config_for(tmp_path / "run", data=folder_of(tmp_path / "data", "ab"), steps=2)
+    list(train(config, CPU))
+    assert json.loads((tmp_path / "run/classes.json").read_text()) == {"classes": ["a", "b"]}
+    before = final_files(tmp_path / "run")
+    longer = dataclasses.replace(config, steps=4)
+    (tmp_path / "data/a").rename(tmp_path / "data/z")  # b is label 0 now
+    with pytest.raises(
+        InputError, match=r"run began, its data had label 0 for 'a', now it is 'b'; labels have to keep"
+    ):
+        train(longer, CPU)
+    (tmp_path / "data/z").rename(tmp_path / "data/a")
+    folder_of(tmp_path / "data", "c")
+    with pytest.raises(InputError, match="run began, its data had 2 classes, now it has 3; labels have to keep"):
+        train(longer, CPU)
+    assert Run(tmp_path / "run").config().steps == 2
+    assert final_files(tmp_path / "run") == before
+    shutil.rmtree(tmp_path / "data/c")
+    assert [record.step for record in train(longer, CPU)] == [3, 4]
+
+
+def test_a_run_without_recorded_classes_goes_on_unless_their_number_changed(tmp_path):
+    config = config_for(tmp_path / "run", data=folder_of(tmp_path / "data", "ab"), steps=2)
+    list(train(config, CPU))
+    (tmp_path / "run/classes.json").unlink()  # as an earlier version left it
+    folder_of(tmp_path / "data", "c")
+    longer = dataclasses.replace(config, steps=4)
+    with pytest.raises(InputError, match="the model in .*run has 2 classes and the data has 3 now"):
+        train(longer, CPU)
+    assert not (tmp_path / "run/classes.json").exists()
+    shutil.rmtree(tmp_path / "data/c")
+    assert [record.step for record in train(longer, CPU)] == [3, 4]
+    assert Run(tmp_path / "run").classes() == ["a", "b"]
 
 
 def test_learning_rate_schedule():

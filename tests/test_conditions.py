@@ -1,0 +1,72 @@
+"""What a model is told: captions chosen on the device from the tokens of the loader's workers."""
+
+import warnings
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pixnerd.conditions import Captions, Labels
+from pixnerd.frozen.text_encoder import TransformersEncoder
+from pixnerd.text import TextModelConfig
+from pixnerd.training import TrainConfig, train
+
+CAPTIONS = [("a cat", "a red cat", "a blue dog"), ("a",), ("blue cat", "red"), ("a dog a dog a dog", "dog")]
+
+
+@pytest.fixture
+def conditions(tiny_folder):
+    return Captions(TransformersEncoder(tiny_folder, length=6), CAPTIONS)
+
+
+def test_choosing_among_tokens_is_choosing_among_captions(conditions):
+    g = torch.Generator().manual_seed(0)
+    indices = torch.randint(4, (200,), generator=g)
+    dropped, choice = torch.rand(200, generator=g) < 0.3, torch.rand(200, generator=g)
+    choice[:3] = torch.tensor([0, 1 / 3, 1 - 2**-24])  # the ends, and one where float32 products would round up
+    with warnings.catch_warnings(record=True):
+        expected = conditions.of_images(indices, indices, dropped, choice)
+        tokens = conditions.tokenizer(indices.tolist())
+        found = conditions.of_images(indices, indices, dropped, choice, tokens)
+    assert torch.equal(found, expected)
+    assert len({row.numpy().tobytes() for row in found}) == 9  # eight captions and none
+    assert tokens.counts.tolist() == [len(CAPTIONS[index]) for index in indices]
+    assert int(tokens.lengths.max()) == 8  # of the longest, before it was cut: six words, a beginning and an end
+
+
+def test_choosing_among_tokens_never_waits_for_the_device(conditions):
+    """A fake tensor has no values: reading one on the host, as tolist() or a condition do, raises an error."""
+    tokens = conditions.tokenizer([0, 1, 2])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        some = [mode.from_tensor(x) for x in (torch.zeros(3), torch.zeros(3, dtype=torch.bool), torch.rand(3))]
+        faked = type(tokens)(*map(mode.from_tensor, tokens))
+        assert conditions.of_images(some[0], some[0], some[1], some[2], faked).shape == (3, 6, 12)
+        with pytest.raises(Exception, match="aten._local_scalar_dense"):
+            some[2].tolist()
+
+
+def test_labels_need_no_worker():
+    assert Labels(3).tokenizer is None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_warns_once_of_long_captions(tmp_path, monkeypatch, tiny_folder, workers):
+    monkeypatch.setenv("PIXNERD_DATA", str(tmp_path / "data"))
+    shape = {"width": 16, "heads": 2, "blocks": 1, "patch_size": 8, "image_size": 16, "field_width": 4}
+    model = TextModelConfig(**shape, field_blocks=1, text_blocks=1, text_features=12, text_length=4)
+    config = TrainConfig(
+        out=str(tmp_path / "run"),
+        data="synthetic",
+        model=model,
+        text_encoder=str(tiny_folder),
+        cache_text=False,
+        steps=4,
+        batch_size=8,
+        workers=workers,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        list(train(config, torch.device("cpu")))
+    cut = [str(warning.message) for warning in caught if "is cut to" in str(warning.message)]
+    assert len(cut) == 1
+    assert cut[0].startswith("caption of 6 tokens is cut to 4: 'stripes at ")
