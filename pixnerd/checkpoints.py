@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .distributed import World, full_tensor, is_sharded
+from .distributed import ALONE, World, full_tensor, is_sharded
 from .errors import InputError
-from .files import read_json, readable, sync, write_atomically
+from .files import make_folder, read_json, readable, sync, write_atomically, writing
 from .model import PatchDenoiser
 from .model_config import model_config
 from .text import build_network
@@ -71,37 +71,63 @@ def save_checkpoint(
 
     The checkpoint is written under a temporary name and renamed when complete, so a reader never sees half of one. The
     leading process writes everything; for a sharded model, every process writes its own part, and the moving averages
-    are written unsharded beside them, so that sampling need not know how the model was trained.
+    are written unsharded beside them, so that sampling need not know how the model was trained. No process returns
+    before the checkpoint is complete: one that ended earlier would make torchrun kill the one that still writes.
 
     Args:
         models: file name → model: "model", which `optimizer` trains, its moving averages "ema", …, and, if features are
             aligned, the "projector" trained along with it.
+
+    Raises:
+        WriteError: in every process, if one of them cannot write; what was there before is still there, and no more.
     """
     target = folder / f"step-{step}"
     partial = folder / f".partial-step-{step}"
-    if world.leads:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    world.wait()
-    if is_sharded(models["model"]):
-        import torch.distributed.checkpoint as dcp
-
-        writer = dcp.HuggingFaceStorageWriter(str(partial / SHARDS), save_distributed=True)
-        dcp.save(_training_tensors(models, optimizer), storage_writer=writer)
-        full = {name: _gathered(model, world) for name, model in models.items() if name != "model"}
-    else:
-        full = {name: model.state_dict() for name, model in models.items()}
+    try:
+        with world.together():
+            if world.leads:
+                shutil.rmtree(partial, ignore_errors=True)
+                make_folder(partial)
+        shards, full = 0, {name: model.state_dict() for name, model in models.items()}
+        if is_sharded(models["model"]):
+            shards = _write_shards(partial / SHARDS, _training_tensors(models, optimizer), world)
+            full = {name: _gathered(model, world) for name, model in models.items() if name != "model"}
+        with world.together():
+            if world.leads:
+                with writing(target):
+                    for name, weights in full.items():
+                        save_file(weights, partial / f"{name}.safetensors", _about(models[name]))
+                    if not shards:
+                        save_file(_optimizer_tensors(models, optimizer), partial / "optimizer.safetensors")
+                    (partial / "state.json").write_text(json.dumps({"step": step, "shards": shards}))
+                    for path in partial.rglob("*"):
+                        sync(path)
+                    _publish(partial, target, keep)
+    except BaseException:
         if world.leads:
-            save_file(_optimizer_tensors(models, optimizer), partial / "optimizer.safetensors")
-    world.wait()
-    if not world.leads:
-        return target
-    for name, weights in full.items():
-        save_file(weights, partial / f"{name}.safetensors", _about(models[name]))
-    shards = len(list((partial / SHARDS).glob("*.safetensors")))
-    (partial / "state.json").write_text(json.dumps({"step": step, "shards": shards}))
-    for path in partial.rglob("*"):
-        sync(path)
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+def _write_shards(folder: Path, tensors: dict[str, Tensor], world: World) -> int:
+    """Every process writes its part of the training state; returns the number of files that they all wrote."""
+    import torch.distributed.checkpoint as dcp
+
+    with world.together():
+        try:
+            dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        except dcp.CheckpointException as error:
+            reason, _ = next(iter(error.failures.values()))
+            with writing(folder):
+                raise reason from None
+    own = f"shard-{world.rank + 1:05d}-*.safetensors"  # a shared disk may show a process only its own files yet
+    return world.count(len(list(folder.glob(own))))
+
+
+def _publish(partial: Path, target: Path, keep: int) -> None:
+    """Give a complete checkpoint its name, then drop the oldest ones."""
+    folder = target.parent
     if target.exists():  # a damaged checkpoint; the resumed run has reached its step again
         shutil.rmtree(target)
     partial.rename(target)
@@ -112,7 +138,6 @@ def save_checkpoint(
         old.rename(retired)
     for retired in folder.glob(".retired-*"):
         shutil.rmtree(retired)
-    return target
 
 
 def load_training_state(checkpoint: Path, models: dict[str, PatchDenoiser], optimizer: torch.optim.Optimizer) -> int:
@@ -169,25 +194,81 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Raises:
         InputError: there are checkpoints, but all of them are damaged.
     """
-    damaged = []
-    for _, checkpoint in reversed(_numbered(folder)):
+    damaged, listed = [], _numbered(folder)
+    for _, checkpoint in reversed(listed):
         try:
-            shards = read_json(checkpoint / "state.json", "a checkpoint").get("shards", 0)
-            parts = sorted((checkpoint / SHARDS).glob("*.safetensors"))
-            if len(parts) != shards:
-                raise InputError(f"{checkpoint} has {len(parts)} of its {shards} shards")
-            files = parts or [checkpoint / f"{name}.safetensors" for name in ("model", "optimizer")]
-            for path in (*files, checkpoint / "ema.safetensors"):
-                with readable(path), safe_open(path, "pt"):  # reads the header and compares it with the file's length
-                    pass
+            check_checkpoint(checkpoint)
         except InputError as error:
-            warnings.warn(f"checkpoint {checkpoint.name} is skipped: {error}", stacklevel=2)
-            damaged.append(str(error))
+            damaged.append((checkpoint.name, str(error)))
         else:
-            return checkpoint
-    if damaged:
-        raise InputError(f"no checkpoint in {folder} can be read; the newest: {damaged[0]}")
-    return None
+            break
+    else:
+        checkpoint = None
+    if checkpoint is None and listed != _numbered(folder):  # a training run wrote a checkpoint, and retired one
+        return newest_checkpoint(folder)
+    for name, fault in damaged:
+        warnings.warn(f"checkpoint {name} is skipped: {fault}", stacklevel=2)
+    if damaged and checkpoint is None:
+        raise InputError(f"no checkpoint in {folder} can be read; the newest: {damaged[0][1]}")
+    return checkpoint
+
+
+def check_checkpoint(checkpoint: Path) -> None:
+    """Raise InputError unless a checkpoint's files are all there and complete."""
+    shards = read_json(checkpoint / "state.json", "a checkpoint").get("shards", 0)
+    parts = sorted((checkpoint / SHARDS).glob("*.safetensors"))
+    if len(parts) != shards:
+        raise InputError(f"{checkpoint} has {len(parts)} of its {shards} shards")
+    files = parts or [checkpoint / f"{name}.safetensors" for name in ("model", "optimizer")]
+    for path in (*files, checkpoint / "ema.safetensors"):
+        with readable(path), safe_open(path, "pt"):  # reads the header and compares it with the file's length
+            pass
+
+
+def leaders_checkpoint(folder: Path, world: World) -> Path | None:
+    """The leading process's newest checkpoint, on every process: on a shared disk their listings may differ.
+
+    Raises:
+        InputError: in every process, if one of them cannot read it.
+    """
+    with world.together():
+        newest = newest_checkpoint(folder) if world.leads else None
+    step = world.from_leader(_step(newest) if newest else -1)
+    if step < 0:
+        return None
+    checkpoint = folder / f"step-{step}"
+    with world.together():
+        if not world.leads:
+            try:
+                check_checkpoint(checkpoint)
+            except InputError as error:
+                found = f"process {world.rank} cannot read the checkpoint that process 0 found: {error}"
+                raise InputError(found) from error
+    return checkpoint
+
+
+def load_newest(
+    folder: Path, world: World, weights: str = "ema", device: torch.device | str = "cpu"
+) -> tuple[Path, PatchDenoiser]:
+    """The leading process's newest checkpoint and its model, the same on every process.
+
+    A training run may retire the checkpoint while it is read; then the one that is newest by now is read.
+
+    Raises:
+        InputError: in every process: there is no checkpoint, or one of them cannot read it.
+    """
+    failed = None
+    while True:
+        checkpoint = leaders_checkpoint(folder, world)
+        if checkpoint is None:
+            raise InputError(f"run {folder.parent} has no checkpoint yet")
+        try:
+            with world.together():
+                return checkpoint, load_model(checkpoint / f"{weights}.safetensors", device)
+        except InputError:
+            if checkpoint == failed:
+                raise
+            failed = checkpoint
 
 
 def classes_of(checkpoint: Path) -> int | None:
@@ -216,10 +297,7 @@ def load(path: str | Path, *, weights: str = "ema", device: torch.device | str =
             f"{path} does not exist; a run's folder, a checkpoint's folder or a .safetensors file is needed"
         )
     if (path / "checkpoints").is_dir():
-        checkpoint = newest_checkpoint(path / "checkpoints")
-        if checkpoint is None:
-            raise InputError(f"run {path} has no checkpoint yet")
-        path = checkpoint
+        return load_newest(path / "checkpoints", ALONE, weights, device)[1]
     return load_model(path / f"{weights}.safetensors", device)
 
 
@@ -228,6 +306,10 @@ def _optimizer_tensors(models: dict[str, nn.Module], optimizer: torch.optim.Opti
     if "projector" in models:
         names |= {parameter: f"projector.{name}" for name, parameter in models["projector"].named_parameters()}
     return {f"{key}:{names[p]}": value for p, state in optimizer.state.items() for key, value in state.items()}
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:

@@ -9,12 +9,14 @@ import contextlib
 import dataclasses
 import io
 import os
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import tyro
 from typing_extensions import Doc
@@ -23,11 +25,14 @@ from . import data
 from .checks import Count, Index, check_fields
 from .config import EvaluationConfig, SamplingConfig, TrainConfig
 from .errors import InputError, NonFiniteLoss
+from .files import check_output_file, make_folder, replacing
+from .launch import STOPPED
 from .model_config import SIZES
 from .recipes import RECIPES
 from .runs import Run
 
 DataSetName = Annotated[str, tyro.conf.Positional, Doc(f"one of {data.NAMES}")]
+PATIENCE = 60  # seconds within which the leading process says what all have to say
 OwnSampling = Annotated[SamplingConfig, tyro.conf.arg(name="")]
 
 
@@ -41,7 +46,11 @@ class Command:
 
 @dataclass(frozen=True)
 class Train(Command):
-    """Train a model, or resume the run in --out."""
+    """Train a model, or resume the run in --out.
+
+    SIGTERM, SIGHUP and Ctrl-C end it after the current step with a checkpoint and exit code 75; 0 means trained to the
+    end.
+    """
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     recipe: str = "imagenet-256"
@@ -50,33 +59,41 @@ class Train(Command):
     """use a named model size; --model.* flags override it"""
 
     def run(self) -> None:
-        import signal
         import threading
 
         from tqdm import tqdm
 
         from .distributed import join, leave
         from .training import train
+        from .training.batches import STOP_SIGNALS
 
-        stop = threading.Event()
-        signal.signal(signal.SIGTERM, lambda *_: stop.set())  # which clusters send before they take a machine away
-        records, world = train(self.config), join()
-        if world.size > 1:  # several processes have to stop at the same step to save together
-            signal.signal(signal.SIGINT, lambda *_: stop.set())
-        last = self.config.steps
+        stop, world = threading.Event(), join()
+
+        def request_stop(number: int, _: object) -> None:
+            if number == signal.SIGINT and stop.is_set() and world.size == 1:
+                raise KeyboardInterrupt  # pressed twice: do not wait for the step's end
+            stop.set()
+
+        records, last = train(self.config), self.config.steps
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does with SIGHUP
+                signal.signal(number, request_stop)
         with tqdm(total=last, unit="step", mininterval=1, disable=not world.leads) as bar:
             for record in records:
-                bar.update(record.step - bar.n)
-                if record.step % self.config.log_every == 0:
-                    bar.set_postfix(loss=f"{float(record.loss):.4f}")
-                if record.step < last and world.any(stop.is_set()):
+                if record.step < last and world.any(stop.is_set()):  # all have to stop at the same step
                     records.close()  # writes a checkpoint
                     last = record.step
                     break
+                bar.update(record.step - bar.n)
+                if record.step % self.config.log_every == 0:
+                    bar.set_postfix(loss=f"{float(record.loss):.4f}")
         leave()
-        if world.leads and last < self.config.steps:
-            print(f"stopped after step {last}, as requested; the same command resumes from here")
-        elif world.leads:
+        if last < self.config.steps:
+            with contextlib.suppress(OSError):  # after SIGHUP there is no terminal to print on
+                if world.leads:
+                    print(f"stopped after step {last}, as requested; the same command resumes from here")
+            sys.exit(STOPPED)
+        if world.leads:
             print(f"trained: {self.config.out}; to see samples: pixnerd sample {self.config.out}")
 
 
@@ -114,7 +131,9 @@ class Sample(Command):
         from .sampling import sample_batches
 
         run, device = Run(self.source), default_device()
+        target = Run(self.out or run.folder)
         config, model = run.config(), load(self.source, device=device)
+        make_folder(target.folder)
         conditions = model_conditions(model, config, device)
         subjects = conditions.asked_for(self.labels, self.prompts, f"run {self.source}")
         each = -(-self.count // len(subjects))  # rounded up
@@ -131,8 +150,6 @@ class Sample(Command):
         )
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             images = list(tqdm(batches, total=-(-self.count // self.batch_size), unit="batch"))
-        target = Run(self.out or run.folder)
-        target.folder.mkdir(parents=True, exist_ok=True)
         labels = indices if self.prompts else torch.tensor(subjects)[indices]
         target.save_samples(torch.cat(images), labels, columns=min(each, 20))
         print(f"sampled: {target.folder / 'samples.png'}, {target.folder / 'samples.npz'}")
@@ -187,9 +204,10 @@ class Convert(Command):
 
         if self.out.exists():
             raise InputError(f"{self.out} exists already; choose another name or remove it")
+        check_output_file(self.out)
         model = load_released(self.source, self.filename)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        save_model(model, self.out)
+        with replacing(self.out) as partial:
+            save_model(model, partial)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(f"written: {self.out}, a {type(model).__name__} of {parameters / 1e6:.1f} million parameters")
 
@@ -208,9 +226,14 @@ class Data(Command):
 
     def run(self) -> None:
         import torch
+        from PIL import Image
 
         from .randomness import Purpose, generator
 
+        if self.show:
+            check_output_file(self.out)
+            if self.out.suffix.lower() not in Image.registered_extensions():
+                raise InputError(f"contact sheet {self.out} has no suffix of a picture; .png is one")
         dataset = data.load(self.name, self.image_size)
         counts = torch.bincount(dataset.labels, minlength=dataset.num_classes).tolist()
         print(f"{self.name}: {len(dataset)} images of {dataset.channels}x{self.image_size}x{self.image_size}")
@@ -224,8 +247,8 @@ class Data(Command):
             from torchvision.utils import make_grid, save_image
 
             pixels, _ = dataset.batch(chosen)
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            save_image(make_grid(pixels / 255, nrow=10, pad_value=0.5), self.out)
+            with replacing(self.out) as partial:
+                save_image(make_grid(pixels / 255, nrow=10, pad_value=0.5), partial)
             print(f"contact sheet: {self.out}")
 
 
@@ -304,6 +327,8 @@ def _refusals_as_sentences() -> Iterator[None]:
                     raise cause from None
                 cause = cause.__context__
             code, words = stop.code, printed.getvalue()
+    if code:
+        _let_the_leader_speak()
     print(words, end="", file=sys.stderr)  # an unknown flag, a wrong type, a wrong choice; --help has none
     sys.exit(code)
 
@@ -328,14 +353,26 @@ def as_flags(config: Any, prefix: str = "") -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; exits with 2 after invalid input, with 1 after a non-finite loss."""
+    """Run one command.
+
+    Exit codes: 2 after invalid input or a file that cannot be written, 1 after a non-finite loss, STOPPED if a signal
+    ended a training run early. What every process refuses, only the leading one says.
+    """
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
-        parse(sys.argv[1:] if arguments is None else arguments).run()
+        try:
+            command = parse(sys.argv[1:] if arguments is None else arguments)
+        except InputError as error:
+            error.shared = True
+            raise
+        command.run()
     except InputError as error:
-        sys.exit(_say(error, 2))
+        if error.shared:
+            _let_the_leader_speak()
+        _end(_say(error, 2))
     except NonFiniteLoss as error:
-        sys.exit(_say(error, 1))
+        _let_the_leader_speak()
+        _end(_say(error, 1))
     except KeyboardInterrupt:
         sys.exit(_say("interrupted; the same command resumes from here", 130))
 
@@ -343,3 +380,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _say(message: object, code: int) -> int:
     print(f"pixnerd: {message}", file=sys.stderr)
     return code
+
+
+def _end(code: int) -> NoReturn:
+    """Exit. One of several processes does so at once: the threads that talk to the others may abort an orderly end."""
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _let_the_leader_speak() -> None:
+    """In every process but the leading one: wait for the end, then exit without a word.
+
+    torchrun ends all processes as soon as one of them fails; that has to be the one that says why.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PATIENCE)
+        sys.exit(2)

@@ -88,7 +88,7 @@ class TrainConfig:
 
     # --- optimiser ---
     steps: Count = 800_000
-    """optimiser steps of the complete run"""
+    """optimiser steps of the complete run; a run with decay=linear cannot be resumed with another number"""
     batch_size: Count = 256
     """images per step, over all devices"""
     learning_rate: Positive = 1e-4
@@ -139,6 +139,9 @@ class TrainConfig:
     """number of parts in which a device processes its share of a batch; saves memory, changes only rounding"""
     shard: bool = False
     """shard weights, gradients and optimiser state over the devices (FSDP2) instead of replicating them (DDP)"""
+
+    deterministic: bool = False
+    """compute only in ways that repeat bit for bit on the same kind of GPU; slower, see notebooks/a_run.md"""
 
     # --- logging and checkpoints ---
     log_every: Count = 50

@@ -5,9 +5,10 @@ by torchrun is on its own, and then everything here is free.
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -66,12 +67,16 @@ class World:
         return torch.cat(parts)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process. Communicated between CPUs, so no accelerator has to wait."""
+        """Whether the flag is set in any process."""
+        return self.count(int(flag)) > 0
+
+    def count(self, number: int) -> int:
+        """The sum of a whole number over all processes. Communicated between CPUs, so no accelerator has to wait."""
         if self.size == 1:
-            return flag
-        votes = torch.tensor(int(flag))
-        dist.all_reduce(votes)
-        return bool(votes)
+            return number
+        total = torch.tensor(number)
+        dist.all_reduce(total)
+        return int(total)
 
     def wait(self) -> None:
         """Return once every process has called this."""
@@ -97,6 +102,34 @@ class World:
             raise task.exception()
         return task.result() if task is not None else work()
 
+    def from_leader(self, number: int) -> int:
+        """The leading process's number, on every process."""
+        return self.count(number if self.leads else 0)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """If the block raises an InputError in any process, raise one with the same sentence in all of them.
+
+        Without it, the others would wait for ever for the process that gave up. The sentence is that of the lowest
+        rank. Every process has to enter the block, and nothing in it may wait for another process after an error.
+        """
+        refusal: InputError | None = None
+        try:
+            yield
+        except InputError as error:
+            refusal = error
+        refusals: list[InputError | None] = [refusal]
+        if self.size > 1 and self.any(refusal is not None):
+            refusals = [None] * self.size
+            dist.all_gather_object(refusals, refusal)
+        first = next((error for error in refusals if error is not None), None)
+        if first is not None:
+            first.shared = True
+            raise first
+
+
+ALONE = World(0, 1, torch.device("cpu"))  # reads a file without waiting for other processes
+
 
 def default_device() -> torch.device:
     """A GPU if there is one, else the CPU."""
@@ -107,11 +140,18 @@ def join(device: torch.device | None = None) -> World:
     """This process's world: the one described by torchrun's environment, or a world of one process.
 
     `device` defaults to the process's own GPU, if there is one.
+
+    Raises:
+        InputError: the environment describes only a part of a world, or more processes than this machine has GPUs.
     """
     if "RANK" not in os.environ:
         return World(0, 1, device or default_device())
+    _check_environment()
     if device is None and torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise InputError(f"this is process {local} of this machine, which has {gpus} GPUs: 0 … {gpus - 1} may run")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     device = device or default_device()
     if not dist.is_initialized():
@@ -119,11 +159,34 @@ def join(device: torch.device | None = None) -> World:
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
+def _check_environment() -> None:
+    """Raise InputError unless the environment has what torchrun sets."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"the environment has RANK={os.environ['RANK']} but no {', no '.join(missing)}: "
+            "start the processes with torchrun, or unset RANK to use this one alone"
+        )
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not os.environ[name].isdecimal():
+            raise InputError(f"the environment has {name}={os.environ[name]!r}; it has to be a whole number")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= size:
+        raise InputError(f"the environment has RANK={rank} and WORLD_SIZE={size}; ranks are 0 … WORLD_SIZE − 1")
+
+
 def leave() -> None:
     """Shut down communication with the other processes, at the end of a program."""
     if dist.is_initialized():
         sharding_mesh.cache_clear()
         dist.destroy_process_group()
+
+
+def check_sharding() -> None:
+    """Raise InputError unless there are processes to share a model."""
+    if not dist.is_initialized():
+        raise InputError("shard is on, but this process is alone: start it with torchrun")
 
 
 def shard(model: nn.Module, world: World, bf16: bool) -> None:
@@ -134,8 +197,7 @@ def shard(model: nn.Module, world: World, bf16: bool) -> None:
     gradients are summed in float32; what a process keeps is float32. Inputs are left to autocast, which casts those of
     matrix products alone: times and positions need float32.
     """
-    if not dist.is_initialized():
-        raise InputError("shard is on, but this process is alone: start it with torchrun")
+    check_sharding()
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)

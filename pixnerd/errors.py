@@ -7,6 +7,13 @@ class InputError(ValueError):
     The command line prints only this sentence and exits with code 2; any other exception keeps its traceback.
     """
 
+    shared = False
+    """whether every process of the program raises it, so that only one of them has to print it"""
+
+
+class WriteError(InputError):
+    """A file cannot be written: no room, no permission, no folder."""
+
 
 class NonFiniteLoss(RuntimeError):
     """The loss became infinite or NaN; the message names the step and the last good checkpoint."""

@@ -4,6 +4,7 @@ The images are a run's saved samples, a file or folder of images, or sampled on 
 torchrun every process samples and measures its share. Dimension letters: B images of a batch, H × W pixels.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,11 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import data, frozen
-from .checkpoints import load, newest_checkpoint
+from .checkpoints import leaders_checkpoint, load_newest, newest_checkpoint
 from .conditions import Conditions, Subject, model_conditions
 from .config import EvaluationConfig
 from .distributed import World, join
 from .errors import InputError
+from .files import check_output_file, make_folder
 from .metrics.features import SampleFile, collect, compare, own_batches, reference_features
 from .metrics.images import Images, open_images
 from .metrics.nearest import digit_agreement
@@ -51,18 +53,31 @@ def evaluate(config: EvaluationConfig, world: World | None = None) -> Evaluation
     if not is_run and (config.draw or not config.reference):
         raise InputError(f"{config.source} holds no run: name the real images with --reference, and leave out --draw")
     agreement = None
-    if is_run and not config.draw and world.leads:
-        agreement = _digit_agreement(run)
-    there = None if config.draw else open_images(config.source)
-    settings = row_settings(config, there)
-    if config.draw and not config.out and (scores := run.evaluation(settings)):
-        return Evaluation(settings, scores)
+    with world.together():
+        if is_run and not config.draw and world.leads:
+            agreement = _digit_agreement(run)
+        there = None if config.draw else open_images(config.source)
+    checkpoint = leaders_checkpoint(run.checkpoints, world) if config.draw else None
+    settings = row_settings(config, there, checkpoint)
+    found = run.evaluation(settings) if config.draw and not config.out and world.leads else None
+    if world.any(found is not None):
+        return Evaluation(settings, found or {})
+    with world.together():
+        if is_run and world.leads:
+            make_folder(run.folder)
+        if config.out and world.leads:
+            check_output_file(Path(config.out))
+    samples = None
+    if config.draw:
+        checkpoint, model = load_newest(run.checkpoints, world, config.average, world.device)
+        settings = row_settings(config, there, checkpoint)  # a training run may have written another one meanwhile
+        with world.together():
+            samples = Samples(config, world, model)
     if config.network == "scenes":
-        samples = Samples(config, world)
         scores = _scene_scores(samples, world)
     else:
-        network = frozen.load(config.network, world.device, config.weights)
-        samples = Samples(config, world) if config.draw else None
+        with world.together():
+            network = frozen.load(config.network, world.device, config.weights)
         batches = samples.batches() if samples else own_batches(there, config.batch_size, world)
         size = samples.image_size if samples else next(there.batches(1)).shape[-1]
         folder = run.folder if is_run else None
@@ -75,8 +90,13 @@ def evaluate(config: EvaluationConfig, world: World | None = None) -> Evaluation
     return Evaluation(settings, scores, agreement)
 
 
-def row_settings(config: EvaluationConfig, images: Images | None = None) -> dict[str, Any]:
-    """The settings that identify a row of metrics.json, see `Run.evaluation`; `images` are existing ones to measure."""
+def row_settings(
+    config: EvaluationConfig, images: Images | None = None, checkpoint: Path | None = None
+) -> dict[str, Any]:
+    """The settings that identify a row of metrics.json, see `Run.evaluation`.
+
+    `images` are existing ones to measure; `checkpoint` samples them, by default the run's newest.
+    """
     run = Run(config.source)
     reference = config.reference or run.config().data
     if images is not None:
@@ -86,7 +106,7 @@ def row_settings(config: EvaluationConfig, images: Images | None = None) -> dict
             "images": images.count,
             "samples": str(Path(config.source)),
         }
-    checkpoint = newest_checkpoint(run.checkpoints)
+    checkpoint = checkpoint or newest_checkpoint(run.checkpoints)
     return {
         "reference": reference,
         "network": config.network,
@@ -110,18 +130,17 @@ def _digit_agreement(run: Run) -> float | None:
 
 
 class Samples:
-    """Images sampled with a run's newest checkpoint, batch by batch; each process samples its share.
+    """Images sampled with a run's model, batch by batch; each process samples its share.
 
     Raises:
-        InputError: there is no checkpoint, or the reference lacks the captions that a text model needs.
+        InputError: the reference lacks the captions that a text model needs.
     """
 
-    def __init__(self, config: EvaluationConfig, world: World):
-        self.config, self.world = config, world
+    def __init__(self, config: EvaluationConfig, world: World, model: PatchDenoiser):
+        self.config, self.world, self.model = config, world, model
         run = Run(config.source)
         run_config = run.config()
         self.reference = config.reference or run_config.data
-        self.model: PatchDenoiser = load(config.source, weights=config.average, device=world.device)
         self.image_size = self.model.config.image_size
         self.conditions: Conditions = model_conditions(self.model, run_config, world.device)
         if self.conditions.subject == "class" and self.reference == run_config.data and run.classes():
@@ -137,25 +156,26 @@ class Samples:
         config, world, size = self.config, self.world, self.image_size
         nothing = self.conditions.nothing
         file = SampleFile(Path(config.out), (config.draw, size, size, 3), world) if config.out else None
-        for number, batch in enumerate(torch.arange(config.draw).split(config.batch_size)):
-            if number % world.size != world.rank:
-                continue
-            condition = self.conditions.encode([self.subjects[label] for label in self.labels[batch].tolist()])
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=world.device.type == "cuda"):
-                images = sample(
-                    self.model,
-                    condition,
-                    config.sampling,
-                    unconditional=nothing,
-                    seed=config.seed,
-                    indices=batch.tolist(),
-                )
-                pixels = data.to_uint8(images).expand(-1, 3, -1, -1)
+        with file or contextlib.nullcontext():
+            for number, batch in enumerate(torch.arange(config.draw).split(config.batch_size)):
+                if number % world.size != world.rank:
+                    continue
+                condition = self.conditions.encode([self.subjects[label] for label in self.labels[batch].tolist()])
+                with torch.autocast(world.device.type, torch.bfloat16, enabled=world.device.type == "cuda"):
+                    images = sample(
+                        self.model,
+                        condition,
+                        config.sampling,
+                        unconditional=nothing,
+                        seed=config.seed,
+                        indices=batch.tolist(),
+                    )
+                    pixels = data.to_uint8(images).expand(-1, 3, -1, -1)
+                if file:
+                    file.put(int(batch[0]), pixels)
+                yield int(batch[0]), pixels
             if file:
-                file.put(int(batch[0]), pixels)
-            yield int(batch[0]), pixels
-        if file:
-            file.close(self.labels)
+                file.finish(self.labels)
 
 
 def _scene_scores(samples: Samples, world: World) -> dict[str, float]:

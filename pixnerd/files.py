@@ -1,18 +1,21 @@
 """Files that are complete or absent: written under another name, then renamed; a clear error for unreadable ones."""
 
 import contextlib
+import errno
 import json
 import os
 import pickle
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from .errors import InputError
+from .errors import InputError, WriteError
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 UNREADABLE = (SafetensorError, OSError, EOFError, pickle.UnpicklingError, RuntimeError, ValueError)
 
 
@@ -22,14 +25,47 @@ def replacing(path: Path) -> Iterator[Path]:
 
     A reader sees the old file or the new one, never half of one, and several processes may write the same file. After
     an exception nothing is left behind; `remove_partial_files` removes what a killed process leaves.
+
+    Raises:
+        WriteError: the file cannot be written.
     """
     partial = path.with_name(f".{os.getpid()}.partial-{path.name}")  # same suffix, or numpy would append it
     try:
-        yield partial
-        sync(partial)
-        partial.replace(path)
+        with writing(path):
+            yield partial
+            sync(partial)
+            partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing may be written, nothing was
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the errors of writing a file or folder into a WriteError of one sentence: what, why, and what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors has its own error even for a full disk
+        number = error.errno if isinstance(error, OSError) else None
+        reason = (os.strerror(number) if number else str(error).splitlines()[0]).rstrip(".")
+        full = number in FULL or any(os.strerror(code) in reason for code in FULL)
+        do = "make room there" if full else "name another place, or make this one writable"
+        raise WriteError(f"{path} cannot be written ({reason}): {do}, and run the same command again") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, in which files can be written. Raises WriteError."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell: a file system may be read-only
+            pass
+
+
+def check_output_file(path: Path) -> None:
+    """Make the folder of a file that is about to be computed. Raises WriteError if it could not be written there."""
+    if path.is_dir():
+        raise WriteError(f"{path} is a folder; the output has to be a file")
+    make_folder(path.parent)
 
 
 def remove_partial_files(folder: Path) -> None:

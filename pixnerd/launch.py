@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -11,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from .errors import InputError
 
-GRACE = 60  # seconds to exit after an interrupt: the largest model's checkpoint has 19 GB
+STOPPED = 75  # exit code of a training run that a signal ended early: EX_TEMPFAIL of <sysexits.h>, "try again"
+GRACE = 600  # seconds to exit after an interrupt: the largest model's checkpoint has 19 GB
 TAIL = 20  # last lines of output that an error quotes
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -23,7 +25,7 @@ class LaunchError(RuntimeError):
 def launch(arguments: Sequence[str], processes: int = 1) -> Iterator[str]:
     """Run `pixnerd ARGUMENTS` and yield its output line by line; each update of a progress bar is a line.
 
-    Several processes, one for each GPU of this machine, are started through torchrun.
+    Several processes, one for each GPU of this machine, are started through `torchrun` below.
 
     Standard output and standard error come in the order in which they were written, without empty lines. The command
     starts when the first line is requested. When the iterator is closed, as an interrupted `for` loop does, the command
@@ -32,11 +34,11 @@ def launch(arguments: Sequence[str], processes: int = 1) -> Iterator[str]:
 
     Raises:
         InputError: while iterating: the command refused its input (exit code 2); the message is its sentence.
-        LaunchError: while iterating: the command failed in any other way.
+        LaunchError: while iterating: the command failed in any other way, or was stopped by a signal before its end.
     """
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    several = ["-m", "pixnerd.launch", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     process = subprocess.Popen(
-        [sys.executable, *(torchrun if processes > 1 else []), "-m", "pixnerd", *arguments],
+        [sys.executable, *several, "-m", "pixnerd", *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -62,6 +64,27 @@ def launch(arguments: Sequence[str], processes: int = 1) -> Iterator[str]:
     if code:
         command, lines = " ".join(["pixnerd", *arguments]), "\n  ".join(tail)
         raise LaunchError(f"`{command}` {_ending(code)}; its last lines:\n  {lines}")
+
+
+def torchrun() -> None:
+    """torchrun as `pixnerd` needs it: `python -m pixnerd.launch --nproc-per-node=8 -m pixnerd train …`.
+
+    It has torchrun's arguments. When it is told to stop, it gives the processes GRACE seconds for a checkpoint. It ends
+    with their exit code, or with STOPPED after a signal, and prints no report of its own after their sentence.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
+    logging.disable(logging.ERROR)
+    try:
+        main()
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+    except SignalException:
+        sys.exit(STOPPED)
 
 
 def _end_with_parent() -> Callable[[], None]:
@@ -99,4 +122,10 @@ def _sentence(tail: Sequence[str]) -> str:
 
 
 def _ending(code: int) -> str:
+    if code == STOPPED:
+        return "was stopped by a signal before its end, and resumes when it is given again"
     return f"ended with exit code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
+
+
+if __name__ == "__main__":
+    torchrun()

@@ -5,27 +5,25 @@ Everything that reports on a run reads this folder, the only source of truth.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import TrainConfig
+from .config import SamplingConfig, TrainConfig
 from .differences import differences
 from .errors import InputError
-from .files import read_json, remove_partial_files, replacing, write_atomically
+from .files import make_folder, read_json, remove_partial_files, replacing, write_atomically, writing
 
 if TYPE_CHECKING:  # most of a run's files need no torch
     from torch import Tensor
 
-# entries of config.json that may change when a run is resumed: where, how long, how often, on which hardware
-CHANGEABLE = {"out", "steps", "log_every", "checkpoint_every", "keep_checkpoints"} | {
-    "accumulate",
-    "compile",
-    "recompute",
-    "shard",
-    "workers",
-}
+# entries of config.json that may change when a run is resumed: where, how long, how often, on which hardware, and what
+# only later commands read
+CHANGEABLE = {"out", "steps", "log_every", "checkpoint_every", "keep_checkpoints"}
+CHANGEABLE |= {"accumulate", "compile", "deterministic", "recompute", "shard", "workers"}
+CHANGEABLE |= {f"sampling.{field.name}" for field in dataclasses.fields(SamplingConfig)}
 
 
 class Run:
@@ -47,7 +45,14 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder} is a file; the output has to be a folder")
         if self.config_path.exists():
-            found = [d for d in differences(self.config(), config) if d.name not in CHANGEABLE]
+            changed = differences(self.config(), config)
+            if config.decay == "linear" and any(d.name == "steps" for d in changed):
+                raise InputError(
+                    f"{self.folder} was planned for {self.config().steps} steps, not {config.steps}: with decay=linear "
+                    "the learning rate of every step depends on their number, so it cannot change midway; keep it, or "
+                    f"start a new run with --start-from {self.folder}"
+                )
+            found = [d for d in changed if d.name not in CHANGEABLE]
             if found:
                 different = [f"{d.name} {json.dumps(d.old)} there, {json.dumps(d.new)} asked for" for d in found]
                 raise InputError(
@@ -58,7 +63,8 @@ class Run:
         elif self.folder.exists() and any(path.suffix != ".ipynb" for path in self.folder.iterdir()):
             # papermill writes the running notebook there before the run begins
             raise InputError(f"{self.folder} is not empty and holds no run: choose another output folder")
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
+        make_folder(self.checkpoints)
         remove_partial_files(self.folder)
         remove_partial_files(self.checkpoints)
         write_atomically(self.config_path, json.dumps(config.to_dict(), indent=2) + "\n")
@@ -97,7 +103,7 @@ class Run:
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one object to log.jsonl."""
-        with self.log_path.open("a") as file:
+        with writing(self.log_path), self.log_path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:

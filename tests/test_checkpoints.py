@@ -1,14 +1,17 @@
 import dataclasses
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pixnerd import InputError, ModelConfig, PixNerd, load, load_released
-from pixnerd.checkpoints import newest_checkpoint, save_checkpoint, save_model
+from pixnerd.checkpoints import load_model, load_newest, newest_checkpoint, save_checkpoint, save_model
 from pixnerd.distributed import World
+from pixnerd.errors import WriteError
 
 from .conftest import SWITCHES, TINY, randomised
 from .released_layout import as_released
@@ -60,6 +63,54 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(tmp_path, na
     (older / name).unlink()
     with pytest.raises(InputError, match="no checkpoint in .* can be read"), pytest.warns(UserWarning, match="step-10"):
         load(tmp_path)
+
+
+def everything(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_a_disk_that_fills_up_leaves_the_checkpoints_as_they_were(tmp_path, monkeypatch, nth):
+    folder = tmp_path / "checkpoints"
+    checkpoint(folder, 1, seed=1)
+    before, written = everything(folder), []
+
+    def save_until_full(*arguments):
+        written.append(arguments)
+        if len(written) == nth:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save_file(*arguments)
+
+    monkeypatch.setattr("pixnerd.checkpoints.save_file", save_until_full)
+    with pytest.raises(
+        WriteError, match="step-2 cannot be written .*: make room there, and run the same command again"
+    ):
+        checkpoint(folder, 2, seed=2)
+    assert everything(folder) == before
+    monkeypatch.undo()
+    assert checkpoint(folder, 2, seed=2)[0].name == "step-2"
+
+
+def test_a_checkpoint_that_is_retired_while_it_is_read_is_replaced_by_the_newest(tmp_path, monkeypatch):
+    """As when `evaluate` loads a model while its run still trains."""
+    folder = tmp_path / "run" / "checkpoints"
+    checkpoint(folder, 1, seed=1)
+    read, newer = [], []
+
+    def read_slowly(path, device):
+        read.append(path.parent.name)
+        if len(read) == 1:
+            newer.append(checkpoint(folder, 2, seed=2)[1])
+            shutil.rmtree(folder / "step-1")
+        return load_model(path, device)
+
+    monkeypatch.setattr("pixnerd.checkpoints.load_model", read_slowly)
+    chosen, model = load_newest(folder, World(0, 1, torch.device("cpu")))
+    assert (read, chosen.name) == (["step-1", "step-2"], "step-2")
+    assert model.patch_embed.weight.equal(newer[0].patch_embed.weight)
+    (folder / "step-2" / "ema.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="no checkpoint in .* can be read"):  # nothing newer comes: no second try
+        load(tmp_path / "run")
 
 
 def test_half_written_checkpoints_are_never_seen(tmp_path):

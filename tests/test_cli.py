@@ -59,7 +59,7 @@ def test_samples_land_in_the_run_and_are_measured(tmp_path, capsys):
 def test_the_published_recipe_asks_for_its_data(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run("train", "--out", tmp_path / "run") == 2
-    assert "folder data/imagenet/train does not exist" in capsys.readouterr().err
+    assert f"folder {tmp_path}/data/imagenet/train does not exist" in capsys.readouterr().err
 
 
 def test_text_runs_take_prompts_and_class_runs_labels(trained, tmp_path, capsys, monkeypatch, tiny_folder):
@@ -138,10 +138,8 @@ def test_a_text_named_png(tmp_path, capsys):
 
 
 def test_another_run_in_the_folder(trained, capsys):
-    assert run("train", "--out", trained, *TINY, "--steps", 4, "--seed", 3) == 2
-    assert (
-        "already holds another run (sampling.steps 2 there, 100 asked for; seed 0 there, 3" in capsys.readouterr().err
-    )
+    assert run("train", "--out", trained, *TINY, "--steps", 4, "--seed", 3) == 2  # sampling.steps differs, too: it may
+    assert "already holds another run (seed 0 there, 3 asked for)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """Files appear complete or not at all."""
 
+import errno
 import json
+import os
 
 import pytest
 
 from pixnerd import InputError
-from pixnerd.files import read_json, remove_partial_files, replacing, write_atomically
+from pixnerd.errors import WriteError
+from pixnerd.files import check_output_file, make_folder, read_json, remove_partial_files, replacing, write_atomically
 
 
 def test_a_file_is_replaced_only_when_the_block_succeeds(tmp_path):
@@ -25,6 +28,33 @@ def test_a_file_is_replaced_only_when_the_block_succeeds(tmp_path):
         partial.write_text("new")
         assert path.read_text() == "old"
     assert (path.read_text(), [p.name for p in tmp_path.iterdir()]) == ("new", ["a.npz"])
+
+
+def test_what_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "inside", tmp_path / ("x" * 300)):
+        with pytest.raises(WriteError, match=r"cannot be written \(.+\): name another place") as refused:
+            make_folder(place)
+        assert str(place) in str(refused.value)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(WriteError, match="is a folder; the output has to be a file"):
+        check_output_file(tmp_path)
+    check_output_file(tmp_path / "new" / "a.png")
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["new"]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    write_atomically(tmp_path / "a", "old")
+
+    def fill_the_disk():
+        with replacing(tmp_path / "a") as partial:
+            partial.write_text("ha")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(WriteError, match="make room there"):
+        fill_the_disk()
+    assert (tmp_path / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_only_what_a_killed_process_leaves_is_removed(tmp_path):

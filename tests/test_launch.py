@@ -181,6 +181,44 @@ def test_two_processes_train_together(tmp_path, one_thread):
     assert (tmp_path / "run/checkpoints/latest").read_text().strip() == "step-3"
 
 
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--data", "folder:/nowhere"], "^folder /nowhere does not exist; [^\n]*$"),  # found by every process
+        (["--steps", "0"], "^steps is 0; it has to be at least 1$"),  # found before the processes know of one another
+        (["--start-from", "/nowhere"], "^/nowhere does not exist; [^\n]*$"),
+    ],
+)
+def test_two_processes_refuse_as_one_does(tmp_path, one_thread, flags, sentence):
+    arguments = ["train", "--out", str(tmp_path / "run"), *TINY_TRAINING, *flags]
+    lines = []
+    with pytest.raises(InputError, match=sentence):
+        lines.extend(launch.launch(arguments, processes=2))
+    assert sum(line.startswith("pixnerd: ") for line in lines) == 1
+    assert not any("Traceback" in line for line in lines)
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_with_loaders_save_when_their_launcher_is_told_to_stop(tmp_path, one_thread):
+    """torchrun signals everything that it started, the loaders too."""
+    out = str(tmp_path / "run")
+    flags = ["train", "--out", out, "--steps", "1000000", *TINY_TRAINING, "--workers", "2"]
+    command = [sys.executable, "-m", "pixnerd.launch", "--standalone", "--nproc-per-node=2", "-m", "pixnerd", *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    wait_until(lambda: len(Run(out).read_log()) >= 2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=600)
+    assert process.returncode == launch.STOPPED
+    last = Run(out).read_log()[-1]["step"]
+    assert (tmp_path / "run/checkpoints/latest").read_text().strip() == f"step-{last}"
+
+
+def test_a_run_that_was_stopped_is_an_error(command):
+    command(f"print('stopped after step 3'); sys.exit({launch.STOPPED})")
+    with pytest.raises(launch.LaunchError, match="`pixnerd train` was stopped by a signal before its end, and resumes"):
+        list(launch.launch(["train"]))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent died")
 def test_a_killed_parent_leaves_no_worker_behind(tmp_path, one_thread):
     """Not even one that only torchrun knows."""

@@ -4,7 +4,8 @@ import torch
 from PIL import Image
 
 from pixnerd import SIZES, InputError
-from pixnerd.config import TrainConfig
+from pixnerd.config import SamplingConfig, TrainConfig
+from pixnerd.errors import WriteError
 from pixnerd.runs import Run
 
 
@@ -53,6 +54,32 @@ def test_the_same_run_resumes_and_may_become_longer(tmp_path):
     with pytest.raises(InputError, match="model.width 64 there, 128 asked for"):
         run.begin(TrainConfig(steps=9, model=SIZES["micro/8"], betas=(0.9, 0.99)))
     assert run.config().model == SIZES["nano/8"]
+
+
+def test_settings_that_only_later_commands_read_may_change(tmp_path):
+    run = Run(tmp_path / "run")
+    run.begin(TrainConfig(steps=5, sampling=SamplingConfig(interval=(0.1, 1.0))))
+    later = TrainConfig(steps=5, sampling=SamplingConfig(9, "heun", 2.0, None, 1.5), deterministic=True)
+    run.begin(later)
+    assert run.config() == later
+
+
+def test_a_linear_decay_keeps_its_number_of_steps(tmp_path):
+    """With another one the learning rate of every step that is left would change."""
+    run = Run(tmp_path / "run")
+    run.begin(TrainConfig(steps=5, decay="linear"))
+    run.begin(TrainConfig(steps=5, decay="linear", log_every=7))
+    with pytest.raises(InputError, match="was planned for 5 steps, not 9: with decay=linear .* --start-from"):
+        run.begin(TrainConfig(steps=9, decay="linear"))
+    assert run.config().steps == 5
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    """/dev/full answers every write as a full disk does."""
+    run = Run(tmp_path)
+    run.log_path.symlink_to("/dev/full")
+    with pytest.raises(WriteError, match=r"log.jsonl cannot be written \(No space left on device\): make room there"):
+        run.log({"step": 1})
 
 
 def test_a_running_notebook_may_be_in_the_folder_first(tmp_path):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import replacing
+from ..files import make_folder, replacing
 from .dataset import ImageDataset, cache_folder
 from .pictures import (
     SUFFIXES,
@@ -257,7 +257,7 @@ def _index(shard: Path) -> np.ndarray:
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # there is none, it is damaged, or an earlier version wrote it, which did not read labels
     rows = _scan(shard)
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(kept.parent)
     with replacing(kept) as partial:
         np.savez(partial, stamp=stamp, samples=rows)
     return rows

@@ -16,7 +16,7 @@ def cache_folder() -> Path:
     """Where downloaded and computed data is kept: $PIXNERD_DATA, else the project's data/, else ./data."""
     project = Path(__file__).parents[2]
     default = project / "data" if (project / "pyproject.toml").is_file() else Path("data")
-    return Path(os.environ.get("PIXNERD_DATA", default))
+    return Path(os.environ.get("PIXNERD_DATA", default)).absolute()
 
 
 def to_float(pixels: Tensor) -> Tensor:

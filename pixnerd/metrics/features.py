@@ -3,7 +3,10 @@
 Dimension letters: N images, B of a batch, F features.
 """
 
+import io
 import json
+import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +21,7 @@ from tqdm import tqdm
 
 from ..distributed import World
 from ..errors import InputError
-from ..files import replacing
+from ..files import check_output_file, replacing, writing
 from .images import Images, open_images
 from .statistics import Moments, frechet_distance, inception_score, kernel_distance, precision_recall
 
@@ -170,29 +173,55 @@ def compare(real: Features, sampled: Features, measure: str) -> dict[str, float]
 class SampleFile:
     """A .npz of samples that all processes write directly to disk, so that they are never all in memory.
 
+    Every process writes its images at their own places in one file, with explicit offsets: memory maps of a shared disk
+    write whole pages, and would overwrite what another machine wrote there. As a context manager it removes that file.
+
     Args:
         path: the .npz to write: `arr_0` uint8 [N, H, W, 3] and `labels` [N], as the ADM suite reads it.
         shape: (N, H, W, 3).
+
+    Raises:
+        WriteError: also from its methods: there is no room, or the file cannot be written.
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int, int], world: World):
-        self.path, self.world = path, world
-        self.pixels_path = path.with_name(f".{path.name}.arr_0.npy")
-        if world.leads:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(self.pixels_path, "w+", np.uint8, shape).flush()
-        world.wait()
-        self.pixels = np.lib.format.open_memmap(self.pixels_path, "r+")
+        self.path, self.world = path.absolute(), world
+        self.pixels_path = self.path.with_name(f".{path.name}.arr_0.npy")
+        self.image_bytes = math.prod(shape[1:])
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        self.offset = header.tell()
+        with world.together(), writing(self.pixels_path):
+            if world.leads:
+                check_output_file(self.path)
+                self.pixels_path.write_bytes(header.getvalue())
+                os.truncate(self.pixels_path, self.offset + shape[0] * self.image_bytes)
+        with writing(self.pixels_path):
+            self.file = os.open(self.pixels_path, os.O_WRONLY)
+
+    def __enter__(self) -> "SampleFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.file)
+        if self.world.leads:
+            self.pixels_path.unlink(missing_ok=True)
 
     def put(self, start: int, images: Tensor) -> None:
         """Write images uint8 [B, 3, H, W] at index `start` and following."""
-        self.pixels[start : start + len(images)] = images.permute(0, 2, 3, 1).cpu().numpy()
+        left = memoryview(images.permute(0, 2, 3, 1).contiguous().cpu().numpy().tobytes())
+        place = self.offset + start * self.image_bytes
+        with writing(self.path):
+            while left:
+                written = os.pwrite(self.file, left, place)
+                left, place = left[written:], place + written
 
-    def close(self, labels: Tensor) -> None:
-        """Finish the .npz, which gets its name last; every process has to call it."""
-        self.pixels.flush()
-        self.world.wait()
-        if self.world.leads:
-            with replacing(self.path) as partial:
-                np.savez(partial, arr_0=self.pixels, labels=labels.numpy())
-            self.pixels_path.unlink()
+    def finish(self, labels: Tensor) -> None:
+        """Write the .npz, once every process has written its images; each of them has to call it."""
+        with self.world.together(), writing(self.path):
+            os.fsync(self.file)
+        with self.world.together():
+            if self.world.leads:
+                pixels = np.load(self.pixels_path, mmap_mode="r")  # opened only now: a shared disk then shows all of it
+                with replacing(self.path) as partial, partial.open("wb") as file:
+                    np.savez(file, arr_0=pixels, labels=labels.numpy())

@@ -26,7 +26,7 @@ from ..data import to_uint8
 from ..data.pictures import read_pixels
 from ..differences import differences
 from ..errors import InputError
-from ..files import replacing, write_atomically
+from ..files import make_folder, replacing, write_atomically
 
 Benchmark = Literal["geneval", "dpg", "geneval2"]
 PROMPT_COUNTS: dict[Benchmark, int] = {"geneval": 553, "dpg": 1065, "geneval2": 800}
@@ -238,7 +238,7 @@ def begin(out: Path, prompts: Prompts, each: int, settings: dict[str, Any]) -> d
             raise InputError(f"{out} already holds other images ({differ}): choose another folder")
     images = out / "images"
     for folder in dict.fromkeys((images / picture.path).parent for picture in wanted):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     if prompts.benchmark == "geneval":
         for entry in prompts.entries:
             write_atomically(images / entry.name / "metadata.jsonl", json.dumps(entry.about) + "\n")

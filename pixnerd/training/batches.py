@@ -4,9 +4,14 @@ Everything random in step n derives from (seed, n, position in the global batch)
 is identical to an uninterrupted one. Dimension letters: B images, C channels, H × W pixels, S pixels along a side.
 """
 
+import contextlib
 import functools
 import math
+import os
+import shutil
+import signal
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,6 +27,11 @@ from ..errors import InputError
 from ..randomness import Purpose, derived_seed, generator, normal, permuted, random_bits, uniform
 
 LISTED = 2**22  # images; the order of a larger data set is computed image by image, a list would fill every worker
+
+# what asks a program to stop: Ctrl-C, a cluster before it takes a machine away, a closed terminal
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+SHARED_MEMORY = Path("/dev/shm")  # through which Linux processes hand tensors to one another
+PREFETCH = 2  # batches that each process loads ahead
 
 # --- random draws ----------------------------------------------------------------------------------------------------
 
@@ -169,6 +179,44 @@ def load_datasets(config: TrainConfig, world: World) -> dict[int, ImageDataset]:
     return world.leader_first(load)
 
 
+def check_shared_memory(config: TrainConfig, world: World) -> None:
+    """Raise InputError unless the batches that the loading processes hold ready fit in shared memory."""
+    if not config.workers or not SHARED_MEMORY.is_dir():
+        return
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of the run on this machine
+    images = config.batch_size // world.size * (config.workers * PREFETCH + 1) * here
+    needed = images * config.model.channels * max(config.image_sizes) ** 2
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise InputError(
+            f"workers is {config.workers}, for which {SHARED_MEMORY} needs {needed / 2**20:.0f} MiB, but it has "
+            f"{free / 2**20:.0f} MiB free: start the container with --shm-size={-(-2 * needed // 2**30)}g, "
+            "or train with --workers 0"
+        )
+
+
+def lost_worker(reason: BaseException) -> InputError | None:
+    """What to tell the user if an exception says that a loading process has died; None for any other exception."""
+    words = str(reason).splitlines()[0] if str(reason) else ""
+    if not words.startswith("DataLoader worker (pid"):
+        return None
+    return InputError(
+        f"a process that loads images has died ({words.rstrip('. ')}): if memory or {SHARED_MEMORY} was too small, "
+        "start the container with more --memory or --shm-size, or train with --workers 0"
+    )
+
+
+@contextlib.contextmanager
+def out_of_reach_of_signals(workers: int) -> Iterator[None]:
+    """Processes started in the block never see what asks the program to stop: it needs their batches until it has."""
+    if workers and hasattr(signal, "pthread_sigmask"):  # not on Windows
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        yield
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    else:
+        yield
+
+
 def step_batches(
     config: TrainConfig, datasets: dict[int, ImageDataset], conditions: Conditions, first: int, world: World
 ) -> Iterator[Batch]:
@@ -179,9 +227,12 @@ def step_batches(
         batch_size=None,
         sampler=range(first, config.steps),
         num_workers=config.workers,
+        prefetch_factor=PREFETCH if config.workers else None,
         pin_memory=world.device.type == "cuda",
     )
-    for step, loaded in enumerate(loader, start=first):
+    with out_of_reach_of_signals(config.workers):
+        batches = iter(loader)
+    for step, loaded in enumerate(batches, start=first):
         if isinstance(loaded, InputError):
             raise loaded
         if loaded.tokens is not None and world.leads:

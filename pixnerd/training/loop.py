@@ -3,7 +3,9 @@
 `train` is a generator that yields one record per step: the notebook, the command line and the tests share this loop.
 """
 
+import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,19 +16,19 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .. import flow
-from ..checkpoints import classes_of, load, load_training_state, newest_checkpoint, save_checkpoint
+from ..checkpoints import classes_of, leaders_checkpoint, load, load_training_state, save_checkpoint
 from ..conditions import Conditions, training_conditions
 from ..config import TrainConfig
 from ..data import ImageDataset
 from ..differences import differences
-from ..distributed import World, bare, exchange_gradients, join, local_part, replicate, shard
-from ..errors import InputError, NonFiniteLoss
+from ..distributed import World, bare, check_sharding, exchange_gradients, join, local_part, replicate, shard
+from ..errors import InputError, NonFiniteLoss, WriteError
 from ..fields import NeuralFieldHead
 from ..model import PatchDenoiser
 from ..randomness import Purpose, derived_seed
 from ..runs import Run
 from ..text import build_network
-from .batches import Batch, load_datasets, step_batches
+from .batches import Batch, check_shared_memory, load_datasets, lost_worker, step_batches
 from .losses import LossTerm, loss_terms, velocity_measure
 from .meters import Board, LossWindow, SpeedMeter
 
@@ -51,29 +53,48 @@ def train(config: TrainConfig, device: torch.device | None = None) -> Iterator[S
     Under torchrun every process calls this and computes its share of every batch; `device` defaults to its own GPU.
 
     Raises:
-        InputError: at the call, before any work: the data, the sizes or the folder cannot be used.
+        InputError: at the call, before any work and in every process: the data, the sizes or the folder cannot be used.
+        WriteError: while iterating: a file of the run cannot be written; earlier checkpoints are kept.
         NonFiniteLoss: while iterating; earlier checkpoints are kept.
     """
     world = join(device)
-    datasets = load_datasets(config, world)
-    dataset = datasets[config.image_sizes[0]]
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, channels=dataset.channels))
-    if config.batch_size % (world.size * config.accumulate):
+    with world.together():
+        datasets = load_datasets(config, world)
+        dataset = datasets[config.image_sizes[0]]
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, channels=dataset.channels))
+        if config.batch_size % (world.size * config.accumulate):
+            raise InputError(
+                f"batch_size {config.batch_size} cannot be shared evenly by {world.size} processes "
+                f"in {config.accumulate} parts each"
+            )
+        if config.shard:
+            check_sharding()
+        check_shared_memory(config, world)
+        conditions = training_conditions(config, dataset, world.device)
+    run = Run(Path(config.out).absolute())  # a notebook may change its working directory between two steps
+    checkpoint = leaders_checkpoint(run.checkpoints, world)
+    job = Job(config, run, datasets, conditions, loss_terms(config, world), world)
+    with world.together():
+        if checkpoint is None and config.start_from:
+            check_start(config, conditions.num_classes)
+        check_classes(run, checkpoint, conditions.num_classes)
+        if job.compiles:
+            check_compiler(world.device)
+        if world.leads:
+            run.begin(config, None if conditions.num_classes is None else dataset.classes)
+    return _train(job, checkpoint)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise InputError unless torch.compile works, which needs a C++ compiler."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # a missing compiler, header or Triton: each raises its own
+        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"batch_size {config.batch_size} cannot be shared evenly by {world.size} processes "
-            f"in {config.accumulate} parts each"
-        )
-    conditions = training_conditions(config, dataset, world.device)
-    run = Run(config.out)
-    checkpoint = newest_checkpoint(run.checkpoints)
-    if checkpoint is None and config.start_from:
-        check_start(config, conditions.num_classes)
-    check_classes(run, checkpoint, conditions.num_classes)
-    terms = loss_terms(config, world)
-    if world.leads:
-        run.begin(config, None if conditions.num_classes is None else dataset.classes)
-    world.wait()
-    return _train(Job(config, run, datasets, conditions, terms, world), checkpoint)
+            f"torch.compile does not work on this machine ({reason}): "
+            "install a C++ compiler such as g++, or train with --compile off"
+        ) from error
 
 
 def check_classes(run: Run, checkpoint: Path | None, num_classes: int | None) -> None:
@@ -200,14 +221,36 @@ def compile_regions(model: PatchDenoiser) -> None:
 
 def _train(job: Job, checkpoint: Path | None) -> Iterator[StepRecord]:
     """Run the remaining steps; the completed ones are saved however the loop stops, even by closing the generator."""
+    with repeatable(job.config.deterministic):
+        yield from _steps(job, checkpoint)
+
+
+@contextlib.contextmanager
+def repeatable(on: bool) -> Iterator[None]:
+    """If `on`, operators that have several implementations use one whose sums have a fixed order."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _steps(job: Job, checkpoint: Path | None) -> Iterator[StepRecord]:
     config, world = job.config, job.world
     state = build_state(job, checkpoint)
+    settled = state.network is state.models["model"]
     batches = step_batches(config, job.datasets, job.conditions, state.step, world)
     board = Board(job.run, state.step) if world.leads else None
     speed = SpeedMeter(config, job.conditions.num_classes, torch.bfloat16 if job.bf16 else torch.float32, world)
     try:
         for batch in batches:
             logs, saves = (is_due(config, state.step + 1, n) for n in (config.log_every, config.checkpoint_every))
+            if not settled:
+                settle_buckets(job, state, batch)
+                settled = True
             # ================================================ one step ================================================
             loss = compute_gradients(job, state, batch)
             if logs or saves or world.device.type != "cuda":  # the check stalls a GPU
@@ -226,12 +269,25 @@ def _train(job: Job, checkpoint: Path | None) -> Iterator[StepRecord]:
             yield StepRecord(state.step, loss, lr, state.models["ema"])
     except BaseException as reason:
         together = world.size == 1 or isinstance(reason, GeneratorExit)  # one process cannot save for all
-        if state.consistent and together and not (state.window.losses and state.window.first_bad()):
+        can_write = not isinstance(reason, WriteError)
+        if state.consistent and together and can_write and not (state.window.losses and state.window.first_bad()):
             save(job, state)
+        if (sentence := lost_worker(reason)) is not None:
+            raise sentence from reason
         raise
     finally:
         if board is not None:
             board.writer.close()
+
+
+def settle_buckets(job: Job, state: TrainingState, batch: Batch) -> None:
+    """Compute a gradient and drop it, so that a resumed run adds up gradients as one that never stopped.
+
+    After its first backward pass DDP divides the gradients anew into the buckets that it exchanges. With three or more
+    processes the order in which a number is summed depends on its place there, and so does its last bit.
+    """
+    compute_gradients(job, state, batch)
+    state.window = LossWindow()
 
 
 def compute_gradients(job: Job, state: TrainingState, batch: Batch) -> Tensor:

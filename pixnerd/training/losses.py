@@ -74,7 +74,9 @@ def loss_terms(config: TrainConfig, world: World) -> list[LossTerm]:
             )
         )
     if config.perceptual:
-        terms.append(LossTerm("perceptual", config.perceptual_weight, perceptual_term(config, world.device)))
+        with world.together():
+            distance = perceptual_term(config, world.device)
+        terms.append(LossTerm("perceptual", config.perceptual_weight, distance))
     return terms
 
 
@@ -271,9 +273,10 @@ class Alignment:
     """
 
     def __init__(self, config: TrainConfig, world: World):
-        teacher = frozen.load(config.align, world.device)
-        if not teacher.features:
-            raise InputError(f"{teacher.name} gives no features of image patches, which REPA needs")
+        with world.together():
+            teacher = frozen.load(config.align, world.device)
+            if not teacher.features:
+                raise InputError(f"{teacher.name} gives no features of image patches, which REPA needs")
         self.grid = (config.model.image_size // config.model.patch_size,) * 2
         self.tokens = teacher.tokens
         self.cache = CachedTokens(teacher.tokens) if config.cache_teacher else None

@@ -15,7 +15,8 @@ import torch
 from safetensors import deserialize
 
 from pixnerd import InputError, load
-from pixnerd.distributed import World
+from pixnerd.distributed import World, join
+from pixnerd.launch import STOPPED
 from pixnerd.runs import Run
 from pixnerd.training import train
 
@@ -94,8 +95,48 @@ def test_one_process_resumes_what_two_began(folders, way, tmp_path):
     assert rest == pytest.approx(losses(folders / "straight", way)[KILLED_AFTER:], rel=1e-4)
 
 
-def test_sigterm_writes_a_checkpoint_and_exits_cleanly(tmp_path):
-    """A single process exits with 0; the same command then resumes."""
+@pytest.mark.parametrize("processes", [3, 4])
+def test_more_than_two_processes_resume_bit_for_bit(tmp_path, processes):
+    """DDP orders gradients anew after its first backward pass, and three numbers have more than one sum."""
+    assert torchrun("tests.training.distributed_worker", tmp_path, "again", processes=processes).wait() == 0
+    for way in ("replicated", "sharded", "accumulated"):
+        straight, resumed = (tmp_path / name / way for name in ("straight", "resumed"))
+        last = f"checkpoints/step-{STEPS}"
+        assert tensors(resumed / last) == tensors(straight / last), way
+        losses = [[entry["loss"] for entry in Run(folder).read_log()] for folder in (straight, resumed)]
+        assert losses[0] == losses[1]
+        assert len(losses[0]) == STEPS
+
+
+def test_the_leading_process_decides_which_checkpoint_is_resumed(tmp_path):
+    """The processes list different newest checkpoints; later one of them cannot read the leader's."""
+    assert torchrun("tests.training.distributed_worker", tmp_path, "listings", processes=3).wait() == 0
+    sentence = "process 1 cannot read the checkpoint that process 0 found: step-2 is not here"
+    for rank in range(3):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == ["step-9", sentence]
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"RANK": "0"}, "RANK=0 but no LOCAL_RANK, no WORLD_SIZE, no MASTER_ADDR, no MASTER_PORT: start .* torchrun"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2; ranks are 0 … WORLD_SIZE − 1"),
+        ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK='first'; it has to be a whole number"),
+    ],
+)
+def test_half_a_world_is_refused(monkeypatch, variables, sentence):
+    if len(variables) > 1:
+        variables = {"LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", **variables}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=sentence):
+        join()
+
+
+def test_sigterm_writes_a_checkpoint_and_exits_with_its_own_code(tmp_path):
+    """0 would tell a scheduler that the run is finished; the same command resumes."""
     flags = ["--data", "synthetic", "--size", "nano/8", "--model.image-size", "16", "--batch-size", "4"]
     flags += ["--out", str(tmp_path / "run"), "--steps", "100000", "--log-every", "1", "--checkpoint-every", "100000"]
     command = [sys.executable, "-m", "pixnerd", "train", *flags]
@@ -105,7 +146,7 @@ def test_sigterm_writes_a_checkpoint_and_exits_cleanly(tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0
+    assert process.returncode == STOPPED == 75
     step = int((tmp_path / "run/checkpoints/latest").read_text().removeprefix("step-"))
     assert f"stopped after step {step}, as requested" in out
     assert step == Run(tmp_path / "run").read_log()[-1]["step"]

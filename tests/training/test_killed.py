@@ -1,136 +1,44 @@
-"""kill −9 at random moments, even while a checkpoint is written: no announced step is lost, nothing half-written read.
+"""kill −9 and requests to stop at random moments, even while a checkpoint is written: no promised step is lost,
+nothing half-written is read.
 
-The training runs are children of one process that has already imported torch (python -m tests.training.test_killed):
-each starts within milliseconds and can be killed like any other.
+`python -m tests.measure.kills` does the same many times more, in all combinations of processes and loaders.
 """
 
-import os
-import random
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import psutil
+import pytest
 
-from pixnerd.checkpoints import newest_checkpoint
 from pixnerd.runs import Run
 
-KILLS = 20
+from .killed_worker import Server, final_tensors, hidden, kill_again_and_again, stop_again_and_again
+
 STEPS = 480
-EVERY = 3  # steps between checkpoints
 
 
-def serve():
-    """For each folder on stdin: train there in a new process; print its process id, its steps and how it ended."""
-    import torch
-
-    from pixnerd.training import train
-
-    from .test_training import CPU, config_for
-
-    torch.set_num_threads(1)  # a fork does not inherit a pool of threads
-    for line in sys.stdin:
-        config = config_for(line.strip(), steps=STEPS, checkpoint_every=EVERY, keep_checkpoints=2, log_every=10)
-        pid = os.fork()
-        if not pid:
-            for record in train(config, CPU):
-                print(f"step {record.step}", flush=True)
-            os._exit(0)
-        print(f"pid {pid}", flush=True)
-        print(f"end {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}", flush=True)
-
-
-def answers(server, last):
-    """The server's next lines up to the first of word `last`, as (word, number)."""
-    found = []
-    for line in server.stdout:
-        word, number = line.split()
-        found.append((word, int(number)))
-        if word == last:
-            return found
-    raise AssertionError(f"the training process ended; {last} was awaited")
-
-
-def answer(server, word):
-    return answers(server, word)[-1][1]
-
-
-def start(server, folder):
-    print(folder, file=server.stdin, flush=True)
-    return answer(server, "pid")
-
-
-def announced(folder):
-    """The step that `latest` names, on which every reader may rely."""
-    latest = folder / "checkpoints" / "latest"
-    return int(latest.read_text().strip().removeprefix("step-")) if latest.exists() else 0
-
-
-def newest(folder):
-    checkpoint = newest_checkpoint(folder / "checkpoints")
-    return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
-
-
-def logged_steps(folder):
-    return [entry["step"] for entry in Run(folder).read_log()]
-
-
-def half_written(folder):
-    return list((folder / "checkpoints").glob(".partial-*"))
-
-
-def stop_while_half_written(pid, folder):
-    """Suspend the process while it writes a checkpoint; if it finishes writing before the signal, try again."""
-    process, leftovers = psutil.Process(pid), half_written(folder)
-    is_writing = lambda: half_written(folder) not in ([], leftovers)
-    hang = time.monotonic() + 300
-    while time.monotonic() < hang:
-        if is_writing():
-            process.suspend()
-            while process.status() != psutil.STATUS_STOPPED:
-                pass
-            if is_writing():
-                return
-            process.resume()
-    raise AssertionError("no checkpoint was seen half-written")
-
-
-def final_files(folder):
-    return {path.name: path.read_bytes() for path in (folder / "checkpoints" / f"step-{STEPS}").iterdir()}
-
-
-def test_twenty_kills_lose_no_announced_step_and_change_nothing(tmp_path):
-    command = [sys.executable, "-m", "tests.training.test_killed"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[2]}
+@pytest.mark.parametrize(
+    ("kills", "ranks", "workers"), [(20, 1, 0), (4, 1, 2), (4, 3, 0)], ids=["alone", "with loaders", "three ranks"]
+)
+def test_kills_lose_no_announced_step_and_change_nothing(tmp_path, kills, ranks, workers):
     killed, straight = tmp_path / "killed", tmp_path / "straight"
-    moments, seen_half = random.Random(0), 0
-    with subprocess.Popen(command, **pipes) as server:
-        for kill in range(KILLS):
-            kept = newest(killed)
-            pid = start(server, killed)
-            if kill % 4:  # every fourth one dies while it starts
-                assert answer(server, "step") == kept + 1
-            if kill % 2:
-                stop_while_half_written(pid, killed)
-            else:
-                time.sleep(moments.uniform(0, 0.2))
-            promised = announced(killed)
-            os.kill(pid, signal.SIGKILL)
-            *steps, (_, code) = answers(server, "end")
-            assert code == -signal.SIGKILL, "it failed, or was done before it was killed: then STEPS is too small"
-            seen_half += bool(half_written(killed))
-            assert newest(killed) >= max([promised, *(step for _, step in steps if step % EVERY == 0)])
+    settings = {"steps": STEPS, "batch_size": 6, "keep_checkpoints": 2, "workers": workers}
+    with Server() as server:
+        seen_half = kill_again_and_again(server, killed, kills, ranks, **settings)
+        assert seen_half >= kills // 2  # otherwise half-written checkpoints were not tested
         for folder in (killed, straight):
-            start(server, folder)
-            assert answer(server, "end") == 0
-        server.stdin.close()
-    assert seen_half >= KILLS // 2  # otherwise half-written checkpoints were not tested
-    assert final_files(killed) == final_files(straight)  # weights, averages and optimiser, bit for bit
-    assert logged_steps(killed) == logged_steps(straight) == list(range(10, STEPS + 1, 10))
-    assert not [path for path in (killed / "checkpoints").iterdir() if path.name.startswith(".")]
+            server.start(folder, ranks, checkpoint_every=3, log_every=1, **settings)
+            assert server.end() == [0] * ranks
+    assert final_tensors(killed, STEPS) == final_tensors(straight, STEPS)  # bit for bit
+    assert [entry["step"] for entry in Run(killed).read_log()] == list(range(1, STEPS + 1))
+    assert not hidden(killed)
 
 
-if __name__ == "__main__":
-    serve()
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 1)])
+def test_a_request_to_stop_keeps_every_step_and_says_by_its_code_that_it_is_not_done(tmp_path, ranks, workers):
+    settings = {"batch_size": 8, "workers": workers}
+    with Server() as server:
+        signals = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+        last = stop_again_and_again(server, tmp_path / "stopped", signals, ranks, steps=10**6, **settings)[-1] + 2
+        for name in ("stopped", "straight"):
+            server.start(tmp_path / name, ranks, steps=last, **settings)
+            assert server.end() == [0] * ranks
+    assert final_tensors(tmp_path / "stopped", last) == final_tensors(tmp_path / "straight", last)

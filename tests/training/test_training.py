@@ -2,14 +2,19 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import shutil
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
 from pixnerd import InputError, ModelConfig, data, flow, load, training
+from pixnerd.checkpoints import newest_checkpoint
 from pixnerd.conditions import training_conditions
+from pixnerd.errors import WriteError
 from pixnerd.model import PixNerd
 from pixnerd.randomness import Purpose, derived_seed, normal, permuted, random_bits
 from pixnerd.runs import Run
@@ -636,3 +641,90 @@ def test_a_term_that_overflows_never_reaches_a_checkpoint(tmp_path, perceptual_n
     with pytest.raises(NonFiniteLoss, match="the gradient of step 1 is not finite; there was no checkpoint yet"):
         list(train(config, CPU))
     assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+# --- machines that lack something ------------------------------------------------------------------------------------
+
+
+def test_a_changed_working_directory_changes_nothing(tmp_path, monkeypatch):
+    """A notebook's %cd between two steps: data and run stay where they were."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(4):
+        (tmp_path / "pictures" / "a").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / "pictures" / "a" / f"{i}.png")
+    (tmp_path / "elsewhere").mkdir()
+    for record in train(config_for("run", data="folder:pictures"), CPU):
+        if record.step == 1:
+            monkeypatch.chdir(tmp_path / "elsewhere")
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints").name == "step-12"
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert Run(tmp_path / "run").config().out == "run"
+
+
+def test_without_a_compiler_there_is_no_run(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no compiler called g++\nmany more lines")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(
+        InputError, match=r"does not work on this machine \(no compiler called g\+\+\): .* --compile off$"
+    ):
+        train(config_for(tmp_path / "run", compile="on"), CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_little_shared_memory_is_said_before_the_run(tmp_path, monkeypatch):
+    """2 workers with 2 batches each and the one in use, 8 images of 3 · 16² bytes: 30 KiB."""
+    needed = (2 * 2 + 1) * 8 * 3 * 16**2
+    free = lambda size: monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=size))
+    free(needed - 1)
+    with pytest.raises(InputError, match="workers is 2, for which /dev/shm needs .* --shm-size=1g, or .* --workers 0"):
+        train(config_for(tmp_path / "run", workers=2), CPU)
+    assert not (tmp_path / "run").exists()
+    free(needed)
+    train(config_for(tmp_path / "run", workers=2), CPU).close()
+    free(0)
+    train(config_for(tmp_path / "alone"), CPU).close()
+
+
+def test_a_loader_that_is_killed_is_one_sentence_and_keeps_the_steps(tmp_path, monkeypatch):
+    """As by the kernel, where memory runs out."""
+    whole = training.batches.StepImages.__getitem__
+
+    def die_at_the_fourth(self, step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(self, step)
+
+    monkeypatch.setattr(training.batches.StepImages, "__getitem__", die_at_the_fourth)
+    done = []
+    with pytest.raises(InputError, match="loads images has died .* --shm-size, or train with --workers 0$"):
+        done.extend(record.step for record in train(config_for(tmp_path / "run", workers=1), CPU))
+    kept = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert (kept and kept.name) == (f"step-{done[-1]}" if done else None)
+
+
+def test_a_full_disk_ends_the_run_at_its_last_checkpoint(tmp_path, monkeypatch):
+    """And no second attempt to save follows the first."""
+    attempts = []
+
+    def fail(*arguments):
+        attempts.append(arguments[1])
+        raise WriteError("no room")
+
+    records = train(config_for(tmp_path / "run"), CPU)
+    while next(records).step < 6:
+        pass
+    monkeypatch.setattr(training.loop, "save_checkpoint", fail)
+    with pytest.raises(WriteError, match="no room"):
+        list(records)
+    assert attempts == [10]
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints").name == "step-5"
+
+
+def test_deterministic_lasts_as_long_as_the_run(tmp_path):
+    seen = []
+    for _ in train(config_for(tmp_path / "run", deterministic=True, steps=2), CPU):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+    assert seen == [True, True]
+    assert not torch.are_deterministic_algorithms_enabled()
