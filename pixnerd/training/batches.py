@@ -197,8 +197,8 @@ def check_shared_memory(config: TrainConfig, world: World) -> None:
 
 def lost_worker(reason: BaseException) -> InputError | None:
     """What to tell the user if an exception says that a loading process has died; None for any other exception."""
-    words = str(reason).splitlines()[0] if str(reason) else ""
-    if not words.startswith("DataLoader worker (pid"):
+    words = str(reason).splitlines()[0] if str(reason) else type(reason).__name__
+    if not words.startswith("DataLoader worker (pid") and not isinstance(reason, (ConnectionError, EOFError)):
         return None
     return InputError(
         f"a process that loads images has died ({words.rstrip('. ')}): if memory or {SHARED_MEMORY} was too small, "

@@ -220,6 +220,16 @@ def compile_regions(model: PatchDenoiser) -> None:
 
 
 def _train(job: Job, checkpoint: Path | None) -> Iterator[StepRecord]:
+    """The remaining steps; a loading process that dies, at whatever moment torch notices it, is one sentence."""
+    try:
+        yield from _steps(job, checkpoint)
+    except (RuntimeError, ConnectionError, EOFError) as reason:
+        if job.config.workers and (sentence := lost_worker(reason)) is not None:
+            raise sentence from reason
+        raise
+
+
+def _steps(job: Job, checkpoint: Path | None) -> Iterator[StepRecord]:
     """Run the remaining steps; the completed ones are saved however the loop stops, even by closing the generator."""
     with repeatable(job.config.deterministic):
         yield from _steps(job, checkpoint)
@@ -272,8 +282,6 @@ def _steps(job: Job, checkpoint: Path | None) -> Iterator[StepRecord]:
         can_write = not isinstance(reason, WriteError)
         if state.consistent and together and can_write and not (state.window.losses and state.window.first_bad()):
             save(job, state)
-        if (sentence := lost_worker(reason)) is not None:
-            raise sentence from reason
         raise
     finally:
         if board is not None:
