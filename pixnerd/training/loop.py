@@ -281,7 +281,12 @@ def _steps(job: Job, checkpoint: Path | None) -> Iterator[StepRecord]:
         together = world.size == 1 or isinstance(reason, GeneratorExit)  # one process cannot save for all
         can_write = not isinstance(reason, WriteError)
         if state.consistent and together and can_write and not (state.window.losses and state.window.first_bad()):
-            save(job, state)
+            try:
+                save(job, state)
+            except RuntimeError as second:  # torch reports a dead loading process from a signal handler: anywhere, once
+                if lost_worker(second) is None:
+                    raise
+                save(job, state)
         raise
     finally:
         if board is not None:
