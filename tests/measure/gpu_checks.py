@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._dynamo.utils import counters
@@ -113,8 +114,9 @@ def compiled_graphs(folder: Path) -> dict[str, Any]:
     for recompute in ("none", "head", "all"):
         torch._dynamo.reset()
         counters.clear()
-        for _ in train(dataclasses.replace(CONFIG, out=str(folder / recompute), recompute=recompute), GPU):
-            pass
+        with mock.patch.object(loop, "check_compiler"):  # its trial is a graph of its own
+            for _ in train(dataclasses.replace(CONFIG, out=str(folder / recompute), recompute=recompute), GPU):
+                pass
         found[recompute] = [counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())]
     return {"passed": all(counts == [2, 0] for counts in found.values()), "graphs and breaks": found}
 
