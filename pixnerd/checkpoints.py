@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .distributed import ALONE, World, full_tensor, is_sharded
+from .distributed import World, full_tensor, is_sharded
 from .errors import InputError
 from .files import make_folder, read_json, readable, sync, write_atomically, writing
 from .model import PatchDenoiser
@@ -275,30 +275,6 @@ def classes_of(checkpoint: Path) -> int | None:
     """The number of classes that a checkpoint's model tells apart; None for a text model."""
     with readable(checkpoint / "ema.safetensors"), safe_open(checkpoint / "ema.safetensors", "pt") as file:
         return json.loads(file.metadata()["pixnerd"]).get("num_classes")
-
-
-def load(path: str | Path, *, weights: str = "ema", device: torch.device | str = "cpu") -> PatchDenoiser:
-    """A trained model in evaluation mode.
-
-    Args:
-        path: a run's folder (its newest readable checkpoint is used), a checkpoint's folder, or a .safetensors file.
-        weights: which file of a checkpoint: "ema", the moving average; "ema-0.999", an extra one with this decay;
-            "model", the weights as the optimiser left them, which a sharded run does not write in one file.
-        device: where the model goes.
-
-    Raises:
-        InputError: there is nothing to load, or it cannot be read.
-    """
-    path = Path(path)
-    if path.is_file():
-        return load_model(path, device)
-    if not path.is_dir():
-        raise InputError(
-            f"{path} does not exist; a run's folder, a checkpoint's folder or a .safetensors file is needed"
-        )
-    if (path / "checkpoints").is_dir():
-        return load_newest(path / "checkpoints", ALONE, weights, device)[1]
-    return load_model(path / f"{weights}.safetensors", device)
 
 
 def _optimizer_tensors(models: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
