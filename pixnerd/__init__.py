@@ -9,20 +9,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
         *("conditions", "config", "cost", "data", "distributed", "encodings", "evaluation", "fields", "flow", "frozen"),
-        *(
-            "launch",
-            "layers",
-            "metrics",
-            "model",
-            "model_source",
-            "plots",
-            "randomness",
-            "recipes",
-            "sampling",
-            "solvers",
-            "text",
-        ),
-        *("checkpoints", "released", "runs", "training"),
+        *("launch", "layers", "metrics", "model", "plots", "randomness", "recipes", "sampling", "solvers", "text"),
+        *("checkpoints", "model_source", "planning", "released", "runs", "training"),
     ],
     submod_attrs={
         "errors": ["InputError"],

@@ -66,8 +66,11 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     keep: int,
     world: World,
+    keep_every: int | None = None,
 ) -> Path:
     """Write `folder`/step-N, name it in `latest`, then drop all but the newest `keep`. Every process has to call it.
+
+    Checkpoints whose step is a multiple of `keep_every` stay for good.
 
     The checkpoint is written under a temporary name and renamed when complete, so a reader never sees half of one. The
     leading process writes everything; for a sharded model, every process writes its own part, and the moving averages
@@ -133,7 +136,7 @@ def _publish(partial: Path, target: Path, keep: int) -> None:
     partial.rename(target)
     sync(folder)
     write_atomically(folder / LATEST, target.name + "\n")
-    for _, old in _numbered(folder)[:-keep]:
+    for old in (path for number, path in _numbered(folder)[:-keep] if not keep_every or number % keep_every):
         retired = old.with_name(f".retired-{old.name}")  # hidden first, so that no reader finds it half removed
         old.rename(retired)
     for retired in folder.glob(".retired-*"):

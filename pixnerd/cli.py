@@ -1,4 +1,4 @@
-"""The command line: pixnerd train | sample | evaluate | convert | data | prepare.
+"""The command line: pixnerd train | sample | evaluate | convert | data | prepare | plan.
 
 A command consists of its flags and a few calls. torch is imported only when a command runs, so --help and a refused
 flag need not wait for it. Invalid input ends with one sentence on standard error and exit code 2.
@@ -22,7 +22,7 @@ import tyro
 from typing_extensions import Doc
 
 from . import data
-from .checks import Count, Index, check_fields
+from .checks import Count, Index, Positive, check_fields
 from .config import EvaluationConfig, SamplingConfig, TrainConfig
 from .errors import InputError, NonFiniteLoss
 from .files import check_output_file, make_folder, replacing
@@ -99,6 +99,35 @@ class Train(Command):
             sys.exit(STOPPED)
         if world.leads:
             print(f"trained: {self.config.out}; to see samples: pixnerd sample {self.config.out}")
+
+
+@dataclass(frozen=True)
+class Plan(Train):
+    """Count memory, arithmetic and hours of a training run, without starting it or opening its data."""
+
+    gpus: Count = 8
+    """GPUs that share a batch"""
+    card_gib: Positive = 79.2
+    """memory of each, in GiB; a card of 80 GB has 79.2"""
+    rate: Positive = 1e14
+    """FLOP/s of each; by default an A100's in the authors' runs"""
+
+    def run(self) -> None:
+        from .planning import advice, hours_line, memory_table, plan
+
+        config = self.config
+        if config.batch_size % (self.gpus * config.accumulate):
+            parts = f"{self.gpus} GPUs in {config.accumulate} parts each"
+            raise InputError(f"batch_size {config.batch_size} cannot be shared evenly by {parts}")
+        found = plan(config, self.gpus)
+        parameters = sum(parameter.numel() for parameter in found.model.parameters())
+        print(f"{parameters / 1e6:.1f} million parameters, {config.model.image_size} pixels, GiB on each GPU:")
+        rows = memory_table(found, self.card_gib)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print("  " + "  ".join(entry.rjust(width) for entry, width in zip(row, widths, strict=True)))
+        print(advice(found, self.card_gib))
+        print(hours_line(found, self.rate))
 
 
 @dataclass(frozen=True)
@@ -293,7 +322,7 @@ class Prepare(Command):
         print(f"prepared: {len(copy.images)} images in {self.out}; train on them with: --data prepared:{self.out}")
 
 
-AnyCommand = Train | Sample | Evaluate | Convert | Data | Prepare
+AnyCommand = Train | Sample | Evaluate | Convert | Data | Prepare | Plan
 
 
 def parse(arguments: Sequence[str]) -> AnyCommand:
@@ -305,7 +334,7 @@ def parse(arguments: Sequence[str]) -> AnyCommand:
     config = RECIPES[base.recipe]
     if base.size is not None:
         config = dataclasses.replace(config, model=SIZES[base.size])
-    defaults = {"train": Train(config, base.recipe, base.size)}
+    defaults = {"train": Train(config, base.recipe, base.size), "plan": Plan(config, base.recipe, base.size)}
     command = _parse(arguments, defaults)
     if isinstance(command, (Sample, Evaluate)) and (sampling := own_sampling(command.source)):
         own = dataclasses.replace(command, sampling=sampling)  # defaults of the sampling flags
@@ -316,7 +345,7 @@ def parse(arguments: Sequence[str]) -> AnyCommand:
 def _parse(arguments: Sequence[str], defaults: dict[str, AnyCommand]) -> AnyCommand:
     """The command with its flags; `defaults` holds the default values of some commands."""
     commands = {"train": Train, "sample": Sample, "evaluate": Evaluate, "convert": Convert, "data": Data}
-    commands |= {"prepare": Prepare}
+    commands |= {"prepare": Prepare, "plan": Plan}
     kinds = []
     for name, kind in commands.items():
         options = {"default": defaults[name]} if name in defaults else {}

@@ -165,6 +165,8 @@ class TrainConfig:
     """steps between checkpoints; the last step always gets one"""
     keep_checkpoints: Count = 2
     """how many of the newest checkpoints to keep"""
+    keep_every: Count | None = None
+    """also keep every checkpoint whose step is a multiple of this; None: only the newest"""
 
     # --- sampling ---
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -149,7 +149,7 @@ def find_model(name: str | Path) -> ModelSource:
         return ModelSource(str(name), run, checkpoint)
     if _in_repository(str(name))[0] in RELEASED:
         return ModelSource(str(name), None, None)
-    raise InputError(f"{name} does not exist; {KINDS} is needed")
+    raise InputError(f"{name} does not exist and holds no run; {KINDS} is needed")
 
 
 def load(path: str | Path, *, weights: str = "ema", device: "torch.device | str" = "cpu") -> "PatchDenoiser":

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # most of a run's files need no torch
 
 # entries of config.json that may change when a run is resumed: where, how long, how often, on which hardware, and what
 # only later commands read
-CHANGEABLE = {"out", "steps", "log_every", "checkpoint_every", "keep_checkpoints"}
+CHANGEABLE = {"out", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every"}
 CHANGEABLE |= {"accumulate", "compile", "deterministic", "recompute", "shard", "workers"}
 CHANGEABLE |= {f"sampling.{field.name}" for field in dataclasses.fields(SamplingConfig)}
 CONTENTS = {"model_content", "reference_content"}  # of an evaluation's settings: hashes

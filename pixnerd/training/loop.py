@@ -375,6 +375,6 @@ def is_due(config: TrainConfig, step: int, every: int) -> bool:
 def save(job: Job, state: TrainingState) -> None:
     """Write a checkpoint of the completed steps, unless one exists."""
     if state.step > state.saved:
-        folder, keep = job.run.checkpoints, job.config.keep_checkpoints
-        save_checkpoint(folder, state.step, state.models, state.optimizer, keep, job.world)
+        folder, keep, keep_every = job.run.checkpoints, job.config.keep_checkpoints, job.config.keep_every
+        save_checkpoint(folder, state.step, state.models, state.optimizer, keep, job.world, keep_every)
         state.saved = state.step
