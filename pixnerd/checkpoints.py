@@ -105,7 +105,7 @@ def save_checkpoint(
                     (partial / "state.json").write_text(json.dumps({"step": step, "shards": shards}))
                     for path in partial.rglob("*"):
                         sync(path)
-                    _publish(partial, target, keep)
+                    _publish(partial, target, keep, keep_every)
     except BaseException:
         if world.leads:
             shutil.rmtree(partial, ignore_errors=True)
@@ -128,8 +128,8 @@ def _write_shards(folder: Path, tensors: dict[str, Tensor], world: World) -> int
     return world.count(len(list(folder.glob(own))))
 
 
-def _publish(partial: Path, target: Path, keep: int) -> None:
-    """Give a complete checkpoint its name, then drop the oldest ones."""
+def _publish(partial: Path, target: Path, keep: int, keep_every: int | None) -> None:
+    """Give a complete checkpoint its name, then drop the oldest ones, see `save_checkpoint`."""
     folder = target.parent
     if target.exists():  # a damaged checkpoint; the resumed run has reached its step again
         shutil.rmtree(target)
