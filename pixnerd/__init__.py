@@ -10,13 +10,13 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submodules=[
         *("conditions", "config", "cost", "data", "distributed", "encodings", "evaluation", "fields", "flow", "frozen"),
         *("launch", "layers", "metrics", "model", "plots", "randomness", "recipes", "sampling", "solvers", "text"),
-        *("checkpoints", "released", "runs", "training"),
+        *("checkpoints", "model_source", "planning", "released", "runs", "training"),
     ],
     submod_attrs={
         "errors": ["InputError"],
         "model": ["PixNerd"],
         "model_config": ["SIZES", "ModelConfig", "TextModelConfig"],
-        "checkpoints": ["load"],
+        "model_source": ["load"],
         "released": ["load_released"],
         "sampling": ["sample"],
         "text": ["TextPixNerd"],

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .distributed import ALONE, World, full_tensor, is_sharded
+from .distributed import World, full_tensor, is_sharded
 from .errors import InputError
 from .files import make_folder, read_json, readable, sync, write_atomically, writing
 from .model import PatchDenoiser
@@ -66,8 +66,11 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     keep: int,
     world: World,
+    keep_every: int | None = None,
 ) -> Path:
     """Write `folder`/step-N, name it in `latest`, then drop all but the newest `keep`. Every process has to call it.
+
+    Checkpoints whose step is a multiple of `keep_every` stay for good.
 
     The checkpoint is written under a temporary name and renamed when complete, so a reader never sees half of one. The
     leading process writes everything; for a sharded model, every process writes its own part, and the moving averages
@@ -102,7 +105,7 @@ def save_checkpoint(
                     (partial / "state.json").write_text(json.dumps({"step": step, "shards": shards}))
                     for path in partial.rglob("*"):
                         sync(path)
-                    _publish(partial, target, keep)
+                    _publish(partial, target, keep, keep_every)
     except BaseException:
         if world.leads:
             shutil.rmtree(partial, ignore_errors=True)
@@ -125,15 +128,15 @@ def _write_shards(folder: Path, tensors: dict[str, Tensor], world: World) -> int
     return world.count(len(list(folder.glob(own))))
 
 
-def _publish(partial: Path, target: Path, keep: int) -> None:
-    """Give a complete checkpoint its name, then drop the oldest ones."""
+def _publish(partial: Path, target: Path, keep: int, keep_every: int | None) -> None:
+    """Give a complete checkpoint its name, then drop the oldest ones, see `save_checkpoint`."""
     folder = target.parent
     if target.exists():  # a damaged checkpoint; the resumed run has reached its step again
         shutil.rmtree(target)
     partial.rename(target)
     sync(folder)
     write_atomically(folder / LATEST, target.name + "\n")
-    for _, old in _numbered(folder)[:-keep]:
+    for old in (path for number, path in _numbered(folder)[:-keep] if not keep_every or number % keep_every):
         retired = old.with_name(f".retired-{old.name}")  # hidden first, so that no reader finds it half removed
         old.rename(retired)
     for retired in folder.glob(".retired-*"):
@@ -275,30 +278,6 @@ def classes_of(checkpoint: Path) -> int | None:
     """The number of classes that a checkpoint's model tells apart; None for a text model."""
     with readable(checkpoint / "ema.safetensors"), safe_open(checkpoint / "ema.safetensors", "pt") as file:
         return json.loads(file.metadata()["pixnerd"]).get("num_classes")
-
-
-def load(path: str | Path, *, weights: str = "ema", device: torch.device | str = "cpu") -> PatchDenoiser:
-    """A trained model in evaluation mode.
-
-    Args:
-        path: a run's folder (its newest readable checkpoint is used), a checkpoint's folder, or a .safetensors file.
-        weights: which file of a checkpoint: "ema", the moving average; "ema-0.999", an extra one with this decay;
-            "model", the weights as the optimiser left them, which a sharded run does not write in one file.
-        device: where the model goes.
-
-    Raises:
-        InputError: there is nothing to load, or it cannot be read.
-    """
-    path = Path(path)
-    if path.is_file():
-        return load_model(path, device)
-    if not path.is_dir():
-        raise InputError(
-            f"{path} does not exist; a run's folder, a checkpoint's folder or a .safetensors file is needed"
-        )
-    if (path / "checkpoints").is_dir():
-        return load_newest(path / "checkpoints", ALONE, weights, device)[1]
-    return load_model(path / f"{weights}.safetensors", device)
 
 
 def _optimizer_tensors(models: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The command line: pixnerd train | sample | evaluate | convert | data | prepare.
+"""The command line: pixnerd train | sample | evaluate | convert | data | prepare | plan.
 
 A command consists of its flags and a few calls. torch is imported only when a command runs, so --help and a refused
 flag need not wait for it. Invalid input ends with one sentence on standard error and exit code 2.
@@ -16,20 +16,24 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import tyro
 from typing_extensions import Doc
 
 from . import data
-from .checks import Count, Index, check_fields
+from .checks import Count, Index, Positive, check_fields
 from .config import EvaluationConfig, SamplingConfig, TrainConfig
 from .errors import InputError, NonFiniteLoss
 from .files import check_output_file, make_folder, replacing
 from .launch import STOPPED
 from .model_config import SIZES
+from .model_source import own_sampling
 from .recipes import RECIPES
 from .runs import Run
+
+if TYPE_CHECKING:
+    from .evaluation import Evaluation
 
 DataSetName = Annotated[str, tyro.conf.Positional, Doc(f"one of {data.NAMES}")]
 PATIENCE = 60  # seconds within which the leading process says what all have to say
@@ -98,11 +102,41 @@ class Train(Command):
 
 
 @dataclass(frozen=True)
-class Sample(Command):
-    """Sample images with a run's newest checkpoint (EMA weights); sampling flags default to the run's own settings."""
+class Plan(Train):
+    """Count memory, arithmetic and hours of a training run, without starting it or opening its data."""
 
-    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
-    """the run's folder"""
+    gpus: Count = 8
+    """GPUs that share a batch"""
+    card_gib: Positive = 79.2
+    """memory of each, in GiB; a card of 80 GB has 79.2"""
+    rate: Positive = 1e14
+    """FLOP/s of each; by default an A100's in the authors' runs"""
+
+    def run(self) -> None:
+        from .planning import advice, hours_line, memory_table, plan
+
+        config = self.config
+        if config.batch_size % (self.gpus * config.accumulate):
+            parts = f"{self.gpus} GPUs in {config.accumulate} parts each"
+            raise InputError(f"batch_size {config.batch_size} cannot be shared evenly by {parts}")
+        found = plan(config, self.gpus)
+        parameters = sum(parameter.numel() for parameter in found.model.parameters())
+        print(f"{parameters / 1e6:.1f} million parameters, {config.model.image_size} pixels, GiB on each GPU:")
+        rows = memory_table(found, self.card_gib)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print("  " + "  ".join(entry.rjust(width) for entry, width in zip(row, widths, strict=True)))
+        print(advice(found, self.card_gib))
+        print(hours_line(found, self.rate))
+
+
+@dataclass(frozen=True)
+class Sample(Command):
+    """Sample images with a trained model (EMA weights); sampling flags default to its run's settings, or the published
+    ones for released weights."""
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """RUN, RUN@STEP, a .safetensors file or released weights (a file, or MCG-NJU/PixNerd-XL-P16-C2I)"""
     count: Count = 100
     """number of images, divided evenly among the classes or prompts, in order"""
     labels: tuple[Index, ...] = ()
@@ -119,23 +153,23 @@ class Sample(Command):
     batch_size: Count = 64
     """images per batch"""
     out: Path | None = None
-    """folder for samples.png and samples.npz; by default the run's"""
+    """folder for samples.png and samples.npz; by default the run's, or runs/NAME for weights without a run"""
 
     def run(self) -> None:
         import torch
         from tqdm import tqdm
 
-        from .checkpoints import load
         from .conditions import model_conditions
         from .distributed import default_device
+        from .model_source import find_model
         from .sampling import sample_batches
 
-        run, device = Run(self.source), default_device()
-        target = Run(self.out or run.folder)
-        config, model = run.config(), load(self.source, device=device)
+        source, device = find_model(self.source), default_device()
+        model = source.load(device=device)
+        target = Run(self.out or source.results.folder)
         make_folder(target.folder)
-        conditions = model_conditions(model, config, device)
-        subjects = conditions.asked_for(self.labels, self.prompts, f"run {self.source}")
+        conditions = model_conditions(model, source.config(model), device)
+        subjects = conditions.asked_for(self.labels, self.prompts, f"{'run ' * bool(source.run)}{self.source}")
         each = -(-self.count // len(subjects))  # rounded up
         indices = torch.arange(len(subjects)).repeat_interleave(each)[: self.count]  # each image's subject
         batches = sample_batches(
@@ -157,34 +191,44 @@ class Sample(Command):
 
 @dataclass(frozen=True)
 class Evaluate(EvaluationConfig):
-    """Measure samples against real images: saved samples, or images sampled on the fly with a run's model.
+    """Measure samples against real images: saved samples, or images sampled on the fly with a trained model.
 
     A text model samples the plainest caption of each reference image; the reference then has to be a data set. Each
-    result becomes a row of the run's metrics.json; results already there are not measured again. `torchrun … -m pixnerd
-    evaluate …` samples and measures on many GPUs.
+    result becomes a row of the run's metrics.json, or of runs/NAME/metrics.json for weights without a run; results
+    already there are not measured again. `torchrun … -m pixnerd evaluate …` samples and measures on many GPUs.
     """
 
-    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
-    """a run's folder, or images: a .npz with arr_0, or a folder of pictures"""
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL|IMAGES")]
+    """a trained model: RUN, RUN@STEP, several checkpoints RUN@STEP,STEP or RUN@all, a .safetensors file or released
+    weights; or images: a .npz with arr_0, or a folder of pictures"""
     sampling: OwnSampling = field(default_factory=SamplingConfig)
 
     def run(self) -> None:
         from .distributed import join, leave
         from .evaluation import evaluate
+        from .model_source import each_checkpoint
 
+        names = each_checkpoint(self.source)
+        if len(names) > 1 and self.out:
+            raise InputError(f"out is {self.out}, one file for {len(names)} checkpoints; leave it out, or name one")
         world = join()
-        found = evaluate(self, world)
-        if world.leads:
-            images, reference = found.settings["images"], found.settings["reference"]
-            if found.digit_agreement is not None:
-                share = f"{found.digit_agreement:.1%} of {images} samples"
-                print(f"a 3-nearest-neighbour vote reads the digit that was asked for in {share}")
-            how = "captions shown" if self.network == "scenes" else f"{self.network} features"
-            scores = ", ".join(f"{name} {value:.4g}" for name, value in found.scores.items())
-            print(f"{images} images against {reference}, {how}: {scores}")
-            if self.out:
-                print(f"to score them with the ADM suite: python evaluator.py REFERENCE.npz {self.out}")
+        for name in names:
+            found = evaluate(dataclasses.replace(self, source=name), world)
+            if world.leads:
+                self._report(found, name if len(names) > 1 else "")
         leave()
+
+    def _report(self, found: "Evaluation", name: str) -> None:
+        """Print an evaluation's result, after the checkpoint's name where there are several."""
+        images, reference = found.settings["images"], found.settings["reference"]
+        if found.digit_agreement is not None:
+            share = f"{found.digit_agreement:.1%} of {images} samples"
+            print(f"a 3-nearest-neighbour vote reads the digit that was asked for in {share}")
+        how = "captions shown" if self.network == "scenes" else f"{self.network} features"
+        scores = ", ".join(f"{score} {value:.4g}" for score, value in found.scores.items())
+        print(f"{name}{': ' * bool(name)}{images} images against {reference}, {how}: {scores}")
+        if self.out:
+            print(f"to score them with the ADM suite: python evaluator.py REFERENCE.npz {self.out}")
 
 
 @dataclass(frozen=True)
@@ -278,7 +322,7 @@ class Prepare(Command):
         print(f"prepared: {len(copy.images)} images in {self.out}; train on them with: --data prepared:{self.out}")
 
 
-AnyCommand = Train | Sample | Evaluate | Convert | Data | Prepare
+AnyCommand = Train | Sample | Evaluate | Convert | Data | Prepare | Plan
 
 
 def parse(arguments: Sequence[str]) -> AnyCommand:
@@ -290,10 +334,10 @@ def parse(arguments: Sequence[str]) -> AnyCommand:
     config = RECIPES[base.recipe]
     if base.size is not None:
         config = dataclasses.replace(config, model=SIZES[base.size])
-    defaults = {"train": Train(config, base.recipe, base.size)}
+    defaults = {"train": Train(config, base.recipe, base.size), "plan": Plan(config, base.recipe, base.size)}
     command = _parse(arguments, defaults)
-    if isinstance(command, (Sample, Evaluate)) and (run := Run(command.source)).config_path.is_file():
-        own = dataclasses.replace(command, sampling=run.config().sampling)  # defaults of the sampling flags
+    if isinstance(command, (Sample, Evaluate)) and (sampling := own_sampling(command.source)):
+        own = dataclasses.replace(command, sampling=sampling)  # defaults of the sampling flags
         command = _parse(arguments, {**defaults, type(command).__name__.lower(): own})
     return command
 
@@ -301,7 +345,7 @@ def parse(arguments: Sequence[str]) -> AnyCommand:
 def _parse(arguments: Sequence[str], defaults: dict[str, AnyCommand]) -> AnyCommand:
     """The command with its flags; `defaults` holds the default values of some commands."""
     commands = {"train": Train, "sample": Sample, "evaluate": Evaluate, "convert": Convert, "data": Data}
-    commands |= {"prepare": Prepare}
+    commands |= {"prepare": Prepare, "plan": Plan}
     kinds = []
     for name, kind in commands.items():
         options = {"default": defaults[name]} if name in defaults else {}

@@ -5,7 +5,7 @@ The defaults are the published ones (arXiv 2507.23268). Nothing here needs torch
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from typing_extensions import Doc  # the help of a field whose choices are named elsewhere
 
@@ -13,9 +13,23 @@ from . import frozen
 from .checks import Count, Index, NotNegative, Positive, Share, check_fields
 from .data import NAMES as DATA_SET_NAMES
 from .errors import InputError
-from .model_config import SIZES, ModelConfig, Recompute, check_resolution, model_config
+from .model_config import SIZES, ModelConfig, Recompute, TextModelConfig, check_resolution, model_config
 from .solvers import SOLVERS
 
+
+class Released(NamedTuple):
+    """A repository with the authors' weights on the Hugging Face hub."""
+
+    file: str
+    """the checkpoint that the published figures were measured with"""
+    text: bool
+    """whether the model is text-conditional"""
+
+
+RELEASED = {
+    "MCG-NJU/PixNerd-XL-P16-C2I": Released("epoch=319-step=1600000_emainit.ckpt", text=False),
+    "MCG-NJU/PixNerd-XXL-P16-T2I": Released("model.ckpt", text=True),
+}
 ALIGNED = f"{', '.join(frozen.IMAGE_NETWORKS)}, a DINOv2's folder or hub id (published: facebook/dinov2-base)"
 
 
@@ -84,7 +98,8 @@ class TrainConfig:
     model: ModelConfig = SIZES["L/16"]
     """the network; its channels are set to those of the data"""
     start_from: str = ""
-    """trained model to start from (anything pixnerd.load reads), by its moving average. Empty: random weights"""
+    """trained model to start from (RUN, RUN@STEP, a .safetensors file, released weights), by its moving average. Empty:
+    random weights"""
 
     # --- optimiser ---
     steps: Count = 800_000
@@ -114,8 +129,8 @@ class TrainConfig:
     frequency_quality: int | None = None
     """weigh the velocity error by frequency as JPEG of this quality does, 1 … 100 (DeCo, 2511.19365); None: equally"""
     align: Annotated[str, Doc(f"REPA: whose features a block's tokens are aligned with: {ALIGNED}; empty: none")] = ""
-    align_block: Count = 8
-    """the block whose tokens are aligned, counted from 1; published: 8, and 6 for text"""
+    align_block: Count | None = None
+    """the block whose tokens are aligned, counted from 1; None: the published one, 8, or 6 for a text model"""
     align_weight: NotNegative = 0.5
     """weight of the alignment loss"""
     align_until: int | None = None
@@ -150,6 +165,8 @@ class TrainConfig:
     """steps between checkpoints; the last step always gets one"""
     keep_checkpoints: Count = 2
     """how many of the newest checkpoints to keep"""
+    keep_every: Count | None = None
+    """also keep every checkpoint whose step is a multiple of this; None: only the newest"""
 
     # --- sampling ---
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -157,8 +174,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_fields(self)
-        if self.align and self.align_block > self.model.blocks:
-            raise InputError(f"align_block is {self.align_block}; the model has blocks 1 … {self.model.blocks}")
+        if self.align and self.aligned_block > self.model.blocks:
+            raise InputError(f"align_block is {self.aligned_block}; the model has blocks 1 … {self.model.blocks}")
         if self.frequency_quality is not None and not 1 <= self.frequency_quality <= 100:
             raise InputError(f"JPEG quality is {self.frequency_quality}; it has to be a whole number from 1 to 100")
         for size in self.decode_sizes:
@@ -172,6 +189,11 @@ class TrainConfig:
     def computes_in_bfloat16(self, device_type: str) -> bool:
         """Whether the network computes in bfloat16 on a device of this type."""
         return self.precision == "bfloat16" or (self.precision == "auto" and device_type == "cuda")
+
+    @property
+    def aligned_block(self) -> int:
+        """The block whose tokens are aligned, counted from 1."""
+        return self.align_block or (6 if isinstance(self.model, TextModelConfig) else 8)
 
     @property
     def ema_decays(self) -> dict[str, float]:
@@ -204,7 +226,8 @@ class EvaluationConfig:
     """
 
     source: str
-    """a run's folder, or images: a .npz with arr_0, or a folder of pictures"""
+    """what to measure: a trained model (RUN, RUN@STEP, a .safetensors file, released weights), or images: a .npz with
+    arr_0, or a folder of pictures"""
     reference: str = ""
     """real images: the ADM suite's reference .npz, a folder of pictures, or a data set; by default the run's"""
     network: Network = "efficientnet"
@@ -213,7 +236,7 @@ class EvaluationConfig:
     weights: str | None = None
     """Inception's weights file, or DINOv2's folder; by default they are downloaded"""
     draw: Index = 0
-    """number of images to sample with the newest checkpoint; 0 measures the existing images"""
+    """number of images to sample with the model; 0 measures the existing images"""
     classes: Literal["equal", "random"] = "equal"
     """classes or captions of the sampled images: equally many of each, or random ones"""
     average: str = "ema"
@@ -224,6 +247,8 @@ class EvaluationConfig:
     """seed of the noise and the random classes; image i depends on (seed, i) alone"""
     batch_size: Count = 64
     """images per batch"""
+    workers: Index = 0
+    """processes that read the real images; 0 reads them in this one"""
     out: str | None = None
     """also write the samples to this .npz, for the ADM suite"""
 

@@ -39,6 +39,23 @@ def forward_flops(model: PatchDenoiser, size: int) -> int:
     return counter.get_total_flops()
 
 
+def step_flops(model: PatchDenoiser, size: int, recompute: Recompute | None = None) -> int:
+    """Floating-point operations of forward and backward pass for one image, what is recomputed included.
+
+    The backward pass counts as two forward passes, the usual estimate. For the arguments see `forward_flops`;
+    `recompute` replaces the model's own setting.
+    """
+    device, base = model.patch_embed.weight.device, (model.config.image_size,) * 2
+    x, t = torch.empty(1, model.config.channels, size, size, device=device), torch.empty(1, device=device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x, t, model.example_condition(), None if base == (size, size) else base)
+    counts, name = counter.get_flop_counts(), type(model).__name__
+    head = sum(counts[f"{name}.head"].values()) if f"{name}.head" in counts else 0
+    blocks = sum(sum(counts[f"{name}.blocks.{number}"].values()) for number in range(model.config.blocks))
+    again = {"none": 0, "head": head, "all": head + blocks}[recompute or model.recompute]
+    return 3 * counter.get_total_flops() + again
+
+
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Measured floating-point operations per second of a large square matrix product, the best of ten."""
     side = MATMUL_SIDE[device.type]

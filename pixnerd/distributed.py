@@ -102,9 +102,13 @@ class World:
             raise task.exception()
         return task.result() if task is not None else work()
 
-    def from_leader(self, number: int) -> int:
-        """The leading process's number, on every process."""
-        return self.count(number if self.leads else 0)
+    def from_leader(self, value: T) -> T:
+        """The leading process's value, on every process. Communicated between CPUs."""
+        if self.size == 1:
+            return value
+        values = [value if self.leads else None]
+        dist.broadcast_object_list(values, device=torch.device("cpu"))
+        return values[0]
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

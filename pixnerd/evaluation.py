@@ -1,4 +1,4 @@
-"""Evaluation: from a run or a set of images to a row of metrics.json, measured only once.
+"""Evaluation: from a model or a set of images to a row of metrics.json, measured only once.
 
 The images are a run's saved samples, a file or folder of images, or sampled on the fly without being stored. Under
 torchrun every process samples and measures its share. Dimension letters: B images of a batch, H × W pixels.
@@ -15,17 +15,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import data, frozen
-from .checkpoints import leaders_checkpoint, load_newest, newest_checkpoint
+from .checkpoints import leaders_checkpoint, load_newest
 from .conditions import Conditions, Subject, model_conditions
 from .config import EvaluationConfig
 from .distributed import World, join
 from .errors import InputError
 from .files import check_output_file, make_folder
 from .metrics.features import SampleFile, collect, compare, own_batches, reference_features
-from .metrics.images import Images, open_images
+from .metrics.images import Images, content_of, open_images
 from .metrics.nearest import digit_agreement
 from .metrics.scenes import score_scenes, true_score
 from .model import PatchDenoiser
+from .model_source import ModelSource, find_model
 from .runs import Run
 from .sampling import sample
 
@@ -48,69 +49,105 @@ def evaluate(config: EvaluationConfig, world: World | None = None) -> Evaluation
     Raises:
         InputError: images, reference, checkpoint or network are missing or do not match.
     """
-    run, world = Run(config.source), world or join()
-    is_run = run.config_path.is_file()
-    if not is_run and (config.draw or not config.reference):
-        raise InputError(f"{config.source} holds no run: name the real images with --reference, and leave out --draw")
-    agreement = None
+    world = world or join()
     with world.together():
-        if is_run and not config.draw and world.leads:
-            agreement = _digit_agreement(run)
-        there = None if config.draw else open_images(config.source)
-    checkpoint = leaders_checkpoint(run.checkpoints, world) if config.draw else None
-    settings = row_settings(config, there, checkpoint)
-    found = run.evaluation(settings) if config.draw and not config.out and world.leads else None
+        source, run = _subject(config)
+        agreement = _digit_agreement(run) if run is not None and source is None and world.leads else None
+        there = None if source else open_images(config.source)
+    asked = source
+    if asked and asked.follows:
+        source = asked.at(leaders_checkpoint(run.checkpoints, world))
+    settings = _shared_settings(config, there, source, world)
+    found = run.evaluation(settings) if source and not config.out and world.leads else None
     if world.any(found is not None):
         return Evaluation(settings, found or {})
     with world.together():
-        if is_run and world.leads:
+        if run is not None and world.leads:
             make_folder(run.folder)
         if config.out and world.leads:
             check_output_file(Path(config.out))
     samples = None
-    if config.draw:
-        checkpoint, model = load_newest(run.checkpoints, world, config.average, world.device)
-        settings = row_settings(config, there, checkpoint)  # a training run may have written another one meanwhile
+    if asked:
+        source, model = _load(asked, config, world)
+        # a training run may have written another checkpoint meanwhile
+        settings = _shared_settings(config, there, source, world)
         with world.together():
-            samples = Samples(config, world, model)
+            samples = Samples(config, source, world, model)
     if config.network == "scenes":
         scores = _scene_scores(samples, world)
     else:
         with world.together():
             network = frozen.load(config.network, world.device, config.weights)
-        batches = samples.batches() if samples else own_batches(there, config.batch_size, world)
+        batches = samples.batches() if samples else own_batches(there, config.batch_size, world, config.workers)
         size = samples.image_size if samples else next(there.batches(1)).shape[-1]
-        folder = run.folder if is_run else None
-        reference = settings["reference"]
-        real = reference_features(network.pooled, config.network, reference, size, config.batch_size, world, folder)
+        folder, reference = run and run.folder, settings["reference"]
+        options = {"weights": config.weights, "workers": config.workers}
+        real = reference_features(
+            network.pooled, config.network, reference, size, config.batch_size, world, folder, **options
+        )
         found = collect(network.pooled, batches, settings["images"], world)
-        scores = compare(real, found, network.measure) if world.leads else {}
-    if world.leads and is_run:
+        scores = compare(real, found, network.measure, world.device) if world.leads else {}
+    if world.leads and run is not None:
         run.save_evaluation(settings, scores)
     return Evaluation(settings, scores, agreement)
 
 
+def _subject(config: EvaluationConfig) -> tuple[ModelSource | None, Run | None]:
+    """The model to sample with, None for existing images, and the run that keeps the result, if any."""
+    if config.draw:
+        source = find_model(config.source)
+        if source.run is None and not config.reference:
+            raise InputError(f"{config.source} belongs to no run: name the real images with --reference")
+        return source, source.results
+    run = Run(config.source)
+    if run.config_path.is_file():
+        return None, run
+    if not config.reference:
+        raise InputError(f"{config.source} holds no run: name the real images with --reference")
+    return None, None
+
+
+def _load(source: ModelSource, config: EvaluationConfig, world: World) -> tuple[ModelSource, PatchDenoiser]:
+    """The model, the same on every process, and the checkpoint that it was read from."""
+    if source.follows:
+        checkpoint, model = load_newest(source.run.checkpoints, world, config.average, world.device)
+        return source.at(checkpoint), model
+    with world.together():
+        return source, source.load(config.average, world.device)
+
+
+def _shared_settings(
+    config: EvaluationConfig, images: Images | None, source: ModelSource | None, world: World
+) -> dict[str, Any]:
+    """`row_settings` as the leading process sees the files, on every process."""
+    with world.together():
+        settings = row_settings(config, images, source) if world.leads else None
+    return world.from_leader(settings)
+
+
 def row_settings(
-    config: EvaluationConfig, images: Images | None = None, checkpoint: Path | None = None
+    config: EvaluationConfig, images: Images | None = None, source: ModelSource | None = None
 ) -> dict[str, Any]:
     """The settings that identify a row of metrics.json, see `Run.evaluation`.
 
-    `images` are existing ones to measure; `checkpoint` samples them, by default the run's newest.
+    `images` are existing ones to measure; `source` samples them, by default the model that `config` names.
     """
-    run = Run(config.source)
+    if images is None:
+        source = (source or find_model(config.source)).settled()
+    run = source.run if source else Run(config.source)
     reference = config.reference or run.config().data
-    if images is not None:
-        return {
-            "reference": reference,
-            "network": config.network,
-            "images": images.count,
-            "samples": str(Path(config.source)),
-        }
-    checkpoint = checkpoint or newest_checkpoint(run.checkpoints)
-    return {
+    measured = {
         "reference": reference,
+        "reference_content": content_of(reference),
         "network": config.network,
-        "checkpoint": checkpoint and checkpoint.name,
+        "weights": config.weights,
+    }
+    if source is None:
+        return {**measured, "images": images.count, "samples": str(Path(config.source))}
+    return {
+        **measured,
+        "checkpoint": source.label,
+        "model_content": source.content(config.average),
         "average": config.average,
         "images": config.draw,
         "classes": config.classes,
@@ -130,20 +167,19 @@ def _digit_agreement(run: Run) -> float | None:
 
 
 class Samples:
-    """Images sampled with a run's model, batch by batch; each process samples its share.
+    """Images sampled with a model, batch by batch; each process samples its share.
 
     Raises:
-        InputError: the reference lacks the captions that a text model needs.
+        InputError: the reference lacks the captions that a text model needs, or its labels have another meaning.
     """
 
-    def __init__(self, config: EvaluationConfig, world: World, model: PatchDenoiser):
+    def __init__(self, config: EvaluationConfig, source: ModelSource, world: World, model: PatchDenoiser):
         self.config, self.world, self.model = config, world, model
-        run = Run(config.source)
-        run_config = run.config()
+        run, run_config = source.run, source.config(model)
         self.reference = config.reference or run_config.data
         self.image_size = self.model.config.image_size
         self.conditions: Conditions = model_conditions(self.model, run_config, world.device)
-        if self.conditions.subject == "class" and self.reference == run_config.data and run.classes():
+        if run and self.conditions.subject == "class" and self.reference == run_config.data and run.classes():
             run.check_classes(data.open_data_set(self.reference, self.image_size).classes)
         self.subjects: Sequence[Subject] = self.conditions.subjects(self.reference, self.image_size)
         self.labels = torch.arange(config.draw) % len(self.subjects)  # [images], indices of subjects

@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import functools
+import hashlib
 import json
 import os
 import pickle
@@ -104,6 +106,18 @@ def readable(path: Path, wrong: str = "is damaged or not a checkpoint") -> Itera
         else:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} {wrong}: {reason}") from error
+
+
+def content_hash(path: Path) -> str:
+    """The first 16 hexadecimal digits of a file's sha256; a file that has not changed since is not read again."""
+    status = path.stat()
+    return _content_hash(path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _content_hash(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def read_json(path: Path, kind: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .config import RELEASED
 from .errors import InputError
 from .files import readable
 from .model import PatchDenoiser
@@ -52,7 +53,8 @@ def load_released(source: str | Path, filename: str | None = None, device: torch
 
     Args:
         source: a checkpoint file, or the id of a repository on the Hugging Face hub ("MCG-NJU/PixNerd-XL-P16-C2I").
-        filename: which checkpoint of the repository, if it has several.
+        filename: which checkpoint of the repository, if it has several; by default, in the authors' repositories, the
+            one that the published figures were measured with.
         device: where the model goes.
 
     Raises:
@@ -60,11 +62,11 @@ def load_released(source: str | Path, filename: str | None = None, device: torch
     """
     path = Path(source)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        path = _download(str(source), filename)
+        path = download(str(source), filename)
     released = _map_released(path)
     try:
         with torch.device("meta"):
-            model = _empty_model(released)
+            model = _empty_model(released, 512 if "res512" in path.name else 256)
     except KeyError as error:
         raise InputError(f"{path} does not hold PixNerd's weights: {error.args[0]} is missing") from error
     blocks = model.config.blocks
@@ -87,12 +89,19 @@ def load_released(source: str | Path, filename: str | None = None, device: torch
     return model.to(device, torch.float32).eval()
 
 
-def _download(repository: str, filename: str | None) -> Path:
+def reads_text(path: Path) -> bool:
+    """Whether a file of the authors' code holds a text-conditional model. Raises InputError for any other file."""
+    return "y_pos_embedding" in _map_released(path)
+
+
+def download(repository: str, filename: str | None = None) -> Path:
     """The checkpoint of a hub repository, downloaded once (with a progress bar) into the hub's cache."""
     try:
         import huggingface_hub
     except ImportError as error:
         raise InputError("the hub needs the package huggingface_hub: pip install 'pixnerd[hub]'") from error
+    if filename is None and repository in RELEASED:
+        filename = RELEASED[repository].file
     try:
         if filename is None:
             names = [name for name in huggingface_hub.list_repo_files(repository) if name.endswith(".ckpt")]
@@ -125,8 +134,11 @@ def _denoiser_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {}
 
 
-def _empty_model(released: dict[str, Tensor]) -> PatchDenoiser:
-    """The model that fits the weights, with sizes inferred from shapes. Raises KeyError naming what is missing."""
+def _empty_model(released: dict[str, Tensor], image_size: int) -> PatchDenoiser:
+    """The model that fits the weights, with sizes inferred from shapes. Raises KeyError naming what is missing.
+
+    `image_size` is the class model's at patches of 16; the file does not say it.
+    """
 
     def rows(name: str) -> int:
         return len(released[name])
@@ -148,10 +160,10 @@ def _empty_model(released: dict[str, Tensor]) -> PatchDenoiser:
         "field_blocks": len(generators),
         "field_ratio": rows(f"blocks.{first}.param_generator1.0.weight") // (2 * field_width**2),
     }
-    # the training size is not stored: 256 pixels for the class model, 512 for text, both with patches of 16
+    # the training size is not stored: 256 or 512 pixels for the class model, 512 for text, with patches of 16
     if "y_pos_embedding" not in released:
         classes = rows("y_embedder.embedding_table.weight") - 1
-        return build_network(ModelConfig(**sizes, image_size=16 * patch_size), classes)
+        return build_network(ModelConfig(**sizes, image_size=image_size // 16 * patch_size), classes)
     text_blocks = {key.split(".")[1] for key in released if key.startswith("text_refine_blocks.")}
     config = TextModelConfig(
         **sizes,

@@ -21,9 +21,10 @@ if TYPE_CHECKING:  # most of a run's files need no torch
 
 # entries of config.json that may change when a run is resumed: where, how long, how often, on which hardware, and what
 # only later commands read
-CHANGEABLE = {"out", "steps", "log_every", "checkpoint_every", "keep_checkpoints"}
+CHANGEABLE = {"out", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every"}
 CHANGEABLE |= {"accumulate", "compile", "deterministic", "recompute", "shard", "workers"}
 CHANGEABLE |= {f"sampling.{field.name}" for field in dataclasses.fields(SamplingConfig)}
+CONTENTS = {"model_content", "reference_content"}  # of an evaluation's settings: hashes
 
 
 class Run:
@@ -95,6 +96,15 @@ class Run:
             "choose another output folder"
         )
 
+    def completed(self, config: TrainConfig) -> TrainConfig:
+        """`config`, with the aligned block of the run in this folder unless it names one.
+
+        Earlier versions wrote 8 into every configuration, also where text models align block 6 by default today.
+        """
+        if config.align_block is not None or not self.config_path.is_file():
+            return config
+        return dataclasses.replace(config, align_block=self.config().align_block)
+
     def config(self) -> TrainConfig:
         """The contents of config.json. Raises InputError if there is no run here or the file cannot be read."""
         if not self.config_path.is_file():
@@ -165,9 +175,21 @@ class Run:
     def evaluation(self, settings: dict[str, Any]) -> dict[str, float] | None:
         """The scores in metrics.json measured with exactly these settings; None if there are none."""
         rows = self.metrics().get("evaluations", [])
-        return next((row["scores"] for row in rows if not differences(row["settings"], settings)), None)
+        return next((row["scores"] for row in rows if same_evaluation(row["settings"], settings)), None)
 
     def save_evaluation(self, settings: dict[str, Any], scores: dict[str, float]) -> None:
         """Add a row to the list `evaluations` in metrics.json, or replace the one with the same settings."""
-        rows = [row for row in self.metrics().get("evaluations", []) if differences(row["settings"], settings)]
+        rows = [row for row in self.metrics().get("evaluations", []) if not same_evaluation(row["settings"], settings)]
         self.save_metrics({"evaluations": [*rows, {"settings": settings, "scores": scores}]})
+
+
+def same_evaluation(kept: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether a row of metrics.json was measured with these settings.
+
+    The same weights are the same under any name. Rows of earlier versions say nothing about the content of weights and
+    reference; the checkpoint's and the reference's name have to do.
+    """
+    ignored = {name for name in CONTENTS if kept.get(name) is None}
+    if kept.get("model_content") is not None and kept["model_content"] == settings.get("model_content"):
+        ignored.add("checkpoint")
+    return all(difference.name in ignored for difference in differences(kept, settings))

@@ -40,7 +40,10 @@ def test_what_it_measured_is_found_and_not_measured_again(run, monkeypatch):
     monkeypatch.setattr("pixnerd.frozen.load", None)
     config = EvaluationConfig(str(run.folder), draw=12, sampling=run.config().sampling)
     [row] = run.metrics()["evaluations"]
-    assert row_settings(config) == row["settings"] | {"sampling": row_settings(config)["sampling"]}
+    settings = row_settings(config)
+    new = {name: settings[name] for name in ("sampling", "weights", "reference_content", "model_content")}
+    assert settings == row["settings"] | new
+    assert (new["weights"], new["reference_content"]) == (None, None)  # the default network, and computed images
     assert evaluate(config).scores == row["scores"]
 
 

@@ -154,10 +154,11 @@ def test_moments_of_a_reference_file_are_used(tmp_path):
 
 
 def test_a_set_against_itself_and_too_few_images():
-    images = pictures(40)
-    found = collect(Corners(), [(0, images)], 40, ALONE)
-    with pytest.warns(UserWarning, match="40 images are fewer than 2049"):
-        scores = compare(found, found, Inception.measure)
+    few = collect(Corners(), [(0, pictures(6))], 6, ALONE)
+    with pytest.warns(UserWarning, match="6 images are fewer than 7, which 6 features need"):
+        compare(few, few, Inception.measure)
+    found = collect(Corners(), [(0, pictures(40))], 40, ALONE)
+    scores = compare(found, found, Inception.measure)
     assert list(scores) == ["FID", "sFID", "IS", "KID", "precision", "recall"]
     assert scores["FID"] == pytest.approx(0, abs=1e-6)
     assert scores["sFID"] == pytest.approx(0, abs=1e-6)
@@ -209,7 +210,7 @@ def test_samples_are_measured_once_and_can_be_kept(run, reference, tmp_path, mon
     pytest.importorskip("efficientnet_lite_pytorch")
     command = (run.folder, "--reference", reference, "--draw", 9, "--batch-size", 4, "--guidance", 2)
     evaluate(*command, "--out", tmp_path / "sampled.npz")
-    assert "warning: 9 images are fewer than 2049" in capsys.readouterr().err
+    assert "warning: 9 images are fewer than 1281, which 1280 features need" in capsys.readouterr().err
     with np.load(tmp_path / "sampled.npz") as file:
         kept, labels = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(file["labels"])
     model = load(run.folder)

@@ -17,14 +17,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from ..checkpoints import load
 from ..conditions import Conditions, Subject, model_conditions
 from ..config import SamplingConfig, TrainConfig
 from ..data import to_uint8
 from ..distributed import default_device
 from ..errors import InputError
 from ..model import PatchDenoiser
-from ..runs import Run
+from ..model_source import find_model
 from ..sampling import State, trajectory
 from ..solvers import SOLVERS
 
@@ -65,24 +64,24 @@ class Request(SamplingConfig):
 
 @dataclass(frozen=True)
 class Trained:
-    """What sampling needs from a run's folder."""
+    """What sampling needs of a trained model."""
 
     config: TrainConfig
     model: PatchDenoiser
-    """the newest checkpoint's moving average"""
+    """with the moving average's weights"""
     conditions: Conditions
     """what the model is told"""
 
 
 def open_run(path: str | Path) -> Trained:
-    """A run's settings and newest model, on a GPU if there is one.
+    """A trained model by its name, see `model_source`, and its settings, on a GPU if there is one.
 
     Raises:
-        InputError: there is no run or no checkpoint, it is damaged, or its text encoder is missing.
+        InputError: there is no such model, it is damaged, or its text encoder is missing.
     """
-    run = Run(path)
-    config, device = run.config(), default_device()
-    model = load(run.folder, device=device)
+    source, device = find_model(path), default_device()
+    model = source.load(device=device)
+    config = source.config(model)
     return Trained(config, model, model_conditions(model, config, device))
 
 
@@ -281,9 +280,9 @@ def _field(label: str, value: float) -> widgets.Text:
 
 
 def demo(path: str | Path) -> Panel:
-    """A panel that samples from the run at `path`, class- or text-conditional; show it as a cell's last line.
+    """A panel that samples with the model called `path`, class- or text-conditional; show it as a cell's last line.
 
     Raises:
-        InputError: there is no run or no checkpoint, it is damaged, or its text encoder is missing.
+        InputError: there is no such model, it is damaged, or its text encoder is missing.
     """
     return Panel(open_run(path), str(path))

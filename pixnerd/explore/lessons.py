@@ -5,9 +5,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..checkpoints import load
 from ..config import TrainConfig
 from ..model import PixNerd
+from ..model_source import load
 from ..recipes import quickstart
 from ..runs import Run
 from ..training import train

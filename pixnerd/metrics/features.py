@@ -3,6 +3,7 @@
 Dimension letters: N images, B of a batch, F features.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -11,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +24,10 @@ from tqdm import tqdm
 from ..distributed import World
 from ..errors import InputError
 from ..files import check_output_file, replacing, writing
-from .images import Images, open_images
+from .images import Images, content_of, open_images
 from .statistics import Moments, frechet_distance, inception_score, kernel_distance, precision_recall
 
 REFERENCES = 10_000  # real images for precision, recall and KID, as in ADM's suite
-ENOUGH = 2049  # fewer images than this cannot span Inception's 2,048 features
 
 Pooled = Callable[[Tensor], dict[str, Tensor]]  # uint8 images [B, 3, H, W] → features by name, [B, F] each
 
@@ -42,11 +43,14 @@ class Features:
     """by feature, "pool" and "logits": [kept images, F], float32"""
 
 
-def own_batches(images: Images, batch_size: int, world: World) -> Iterator[tuple[int, Tensor]]:
-    """This process's share of the batches, each with the index of its first image."""
-    for number, batch in enumerate(images.batches(batch_size)):
-        if number % world.size == world.rank:
-            yield number * batch_size, batch
+def own_batches(images: Images, batch_size: int, world: World, workers: int = 0) -> Iterator[tuple[int, Tensor]]:
+    """This process's share of the batches, each with the index of its first image; no other batch is read.
+
+    `workers` processes read them, 0: this one.
+    """
+    numbers = range(world.rank, -(-images.count // batch_size), world.size)
+    for number, batch in zip(numbers, images.batches(batch_size, numbers, workers), strict=True):
+        yield number * batch_size, batch
 
 
 @torch.no_grad()
@@ -55,7 +59,8 @@ def collect(
 ) -> Features:
     """Features of batches (index of the first image, uint8 [B, 3, H, W]); every process calls it with its own batches.
 
-    Memory grows only with the rows that are kept, 8 kB each, or 12 kB with logits.
+    Memory grows only with the rows that are kept, 8 kB each, or 12 kB with logits. Features are computed in full
+    float32, as those of the published figures, and their moments on the network's device.
 
     Args:
         pooled: a frozen network's features, see FrozenNetwork.pooled.
@@ -70,21 +75,22 @@ def collect(
     rows: dict[str, Tensor] = {}
     progress = tqdm(batches, desc="features", unit="batch", disable=not world.leads, mininterval=1)
     for start, images in progress:
-        features = {name: x.float().cpu() for name, x in pooled(images.to(world.device)).items()}
+        with full_float32():
+            features = {name: x.float() for name, x in pooled(images.to(world.device)).items()}
         first, last = torch.searchsorted(chosen, torch.tensor([start, start + len(images)])).tolist()
         for name, values in features.items():
             if name != "logits":
-                moments.setdefault(name, Moments(values.shape[1])).add(values)
+                moments.setdefault(name, Moments(values.shape[1], values.device)).add(values)
             if name != "spatial":
                 kept = rows.setdefault(name, torch.zeros(len(chosen), values.shape[1]))
-                kept[first:last] = values[chosen[first:last] - start]
+                kept[first:last] = values.cpu()[chosen[first:last] - start]
     if world.any(not moments):
         raise InputError(f"{count} images are too few for {world.size} processes: each needs a batch")
     for found in moments.values():
         found.share(world)
     if found.count != count:
         raise InputError(f"{found.count} images were read, but {count} were expected")
-    gaussians = {name: (found.mean, found.covariance) for name, found in moments.items()}
+    gaussians = {name: (found.mean.cpu(), found.covariance.cpu()) for name, found in moments.items()}
     return Features(count, gaussians, {name: world.sum(kept) for name, kept in rows.items()})
 
 
@@ -96,19 +102,26 @@ def reference_features(
     batch_size: int,
     world: World,
     folder: Path | None = None,
+    *,
+    weights: str | None = None,
+    workers: int = 0,
 ) -> Features:
     """Features of real images: a data set, pictures, or the ADM suite's reference .npz, whose own moments are used.
 
     That file has `mu`, `sigma` of the pooled and `mu_s`, `sigma_s` of the spatial features of all training images, and
     10,000 images in `arr_0`. `name` is the network's name, `image_size` the size at which a data set is read, in
-    pixels. The features are cached in `folder`, since a sweep compares many sets of samples with the same real images.
+    pixels. The features are cached in `folder`, since a sweep compares many sets of samples with the same real images;
+    the cache holds for this content of the reference and for these `weights` of the network. `workers` read the images.
     """
     images = open_images(source, image_size)
-    key = {"reference": source, "images": images.count, "image_size": image_size}
+    key = {"reference": source, "images": images.count, "image_size": image_size, "weights": weights}
+    contents = world.from_leader([content_of(source), content_of(weights)] if world.leads else None)
+    key |= {"reference_content": contents[0], "weights_content": contents[1]}
     path = folder and folder / f"reference-{name}.safetensors"
-    if path and (kept := _read_features(path, key)):
+    kept = _read_features(path, key) if path else None
+    if not world.any(kept is None):  # one process cannot compute alone what another has already read
         return kept
-    found = collect(pooled, own_batches(images, batch_size, world), images.count, world, REFERENCES)
+    found = collect(pooled, own_batches(images, batch_size, world, workers), images.count, world, REFERENCES)
     if source.endswith(".npz") and name == "inception":
         with np.load(source) as file:
             if {"mu", "sigma", "mu_s", "sigma_s"} <= set(file.files):
@@ -122,7 +135,7 @@ def reference_features(
     return found
 
 
-def _write_features(path: Path, key: dict[str, str | int], features: Features) -> None:
+def _write_features(path: Path, key: dict[str, Any], features: Features) -> None:
     tensors = {f"rows.{name}": values for name, values in features.rows.items()}
     for name, (mean, covariance) in features.gaussians.items():
         tensors |= {f"mean.{name}": mean, f"covariance.{name}": covariance}
@@ -130,7 +143,7 @@ def _write_features(path: Path, key: dict[str, str | int], features: Features) -
         save_file({name: x.contiguous() for name, x in tensors.items()}, partial, {"key": json.dumps(key)})
 
 
-def _read_features(path: Path, key: dict[str, str | int]) -> Features | None:
+def _read_features(path: Path, key: dict[str, Any]) -> Features | None:
     """The cached features; None if there is no readable file or it is about other images."""
     if not path.is_file():
         return None
@@ -147,15 +160,16 @@ def _read_features(path: Path, key: dict[str, str | int]) -> Features | None:
     return Features(key["images"], gaussians, rows)
 
 
-def compare(real: Features, sampled: Features, measure: str) -> dict[str, float]:
+def compare(real: Features, sampled: Features, measure: str, device: torch.device | str = "cpu") -> dict[str, float]:
     """The scores by name: FID, sFID, IS, precision, recall and KID for Inception; FD-… and KID-… for other networks.
 
-    `measure` is the network's, see FrozenNetwork. Warns if there are too few images for a Fréchet distance.
+    `measure` is the network's, see FrozenNetwork; `device` computes precision and recall. Warns if there are too few
+    images for a Fréchet distance: F + 1 are needed to span F features.
     """
-    fewest = min(real.count, sampled.count)
-    if fewest < ENOUGH:
+    fewest, needed = min(real.count, sampled.count), len(real.gaussians["pool"][0]) + 1
+    if fewest < needed:
         warnings.warn(
-            f"{fewest} images are fewer than {ENOUGH}, which Inception's features need: a Fréchet distance of so few "
+            f"{fewest} images are fewer than {needed}, which {needed - 1} features need: a Fréchet distance of so few "
             "is far too high and only comparable at the same number of images; prefer KID",
             stacklevel=2,
         )
@@ -166,8 +180,23 @@ def compare(real: Features, sampled: Features, measure: str) -> dict[str, float]
     if "logits" in sampled.rows:
         scores["IS"] = inception_score(sampled.rows["logits"]).mean
     scores[kernel] = kernel_distance(sampled.rows["pool"], real.rows["pool"]).mean
-    near = precision_recall(real.rows["pool"], sampled.rows["pool"])
+    with full_float32():
+        near = precision_recall(real.rows["pool"].to(device), sampled.rows["pool"].to(device))
     return scores | {"precision": near.precision, "recall": near.recall}
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Switch off TF32, with which a GPU rounds the factors of float32 products to 11 bits."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 class SampleFile:

@@ -4,6 +4,8 @@ Dimension letters: N images of H × W pixels, B of a batch.
 """
 
 import contextlib
+import functools
+import hashlib
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,10 +15,12 @@ from typing import IO
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from .. import data
 from ..data.pictures import PictureFiles, find_pictures, in_threads, read_pixels, upright_size
 from ..errors import InputError
+from ..files import content_hash
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,38 @@ class Images:
     """A number of images that can be read in order, any number of times."""
 
     count: int
-    batches: Callable[[int], Iterator[Tensor]]
-    """batch size → consecutive batches uint8 [B, 3, H, W], at the images' own size"""
+    read: Callable[[int, Sequence[int]], Iterator[Tensor]]
+    """(batch size, numbers of batches in ascending order) → these batches, and no others are read"""
+    in_memory: bool = True
+    """False: decoding takes time, which worker processes can share"""
+
+    def batches(self, batch_size: int, numbers: Sequence[int] | None = None, workers: int = 0) -> Iterator[Tensor]:
+        """Consecutive batches uint8 [B, 3, H, W], at the images' own size; of `numbers`, only these batches."""
+        numbers = range(-(-self.count // batch_size)) if numbers is None else numbers
+        if self.in_memory or not workers:
+            return self.read(batch_size, numbers)
+        reader = BatchReader(self, batch_size)
+        return map(_unless_error, DataLoader(reader, None, sampler=numbers, num_workers=workers))
+
+
+@dataclass(frozen=True)
+class BatchReader(Dataset):
+    """Batches by number, for worker processes; an InputError is returned, since a worker would add its traceback."""
+
+    images: Images
+    batch_size: int
+
+    def __getitem__(self, number: int) -> Tensor | InputError:
+        try:
+            return next(self.images.read(self.batch_size, [number]))
+        except InputError as error:
+            return error
+
+
+def _unless_error(batch: Tensor | InputError) -> Tensor:
+    if isinstance(batch, InputError):
+        raise batch
+    return batch
 
 
 def open_images(source: str | Path, image_size: int | None = None) -> Images:
@@ -42,7 +76,7 @@ def open_images(source: str | Path, image_size: int | None = None) -> Images:
     path = Path(source)
     if path.suffix == ".npz":
         with _array(path) as (_, shape):
-            return Images(shape[0], lambda batch_size: _npz_batches(path, batch_size))
+            return Images(shape[0], functools.partial(_npz_batches, path))
     if (path / "config.json").is_file() or (path / "samples.npz").is_file():
         if not (path / "samples.npz").is_file():
             raise InputError(f"{path} has no samples.npz: run `pixnerd sample {path}` first")
@@ -51,11 +85,35 @@ def open_images(source: str | Path, image_size: int | None = None) -> Images:
         files = PictureFiles(path, find_pictures(path))
         if image_size is None:
             _check_sizes(files)
-        return Images(len(files), lambda batch_size: _file_batches(files, batch_size, image_size))
+        return Images(len(files), functools.partial(_file_batches, files, image_size), in_memory=False)
     if str(source).partition(":")[0] not in data.DATA_SETS or image_size is None:
         raise InputError(f"{source} does not exist; images come from a .npz, a run, a folder of pictures or a data set")
     dataset = data.open_data_set(str(source), image_size)  # a bad file is named when it is read
-    return Images(len(dataset), lambda batch_size: _dataset_batches(dataset, batch_size))
+    return Images(len(dataset), functools.partial(_dataset_batches, dataset), in_memory=False)
+
+
+def content_of(source: str | None) -> str | None:
+    """What identifies the files behind images or weights, as 16 digits; None for what has no files here.
+
+    Of a file this is its sha256; of a folder, a hash of every file's name, size and time of change.
+
+    Args:
+        source: a path, the name of a data set with its path, such as folder:PATH, or any other name.
+    """
+    kind, _, argument = (source or "").partition(":")
+    path = Path(argument if kind in data.DATA_SETS else source or "")
+    if not (source and path.name) or not path.exists():
+        return None
+    if (path / "config.json").is_file() and (path / "samples.npz").is_file():
+        path = path / "samples.npz"  # of a run, whose other files change without being images
+    if path.is_file():
+        return content_hash(path)
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            status = file.stat()
+            digest.update(f"{file.relative_to(path)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -79,14 +137,16 @@ def _array(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, int, int, int]]]:
         raise InputError(f"{path} is not a file of images: it has no readable arr_0") from error
 
 
-def _npz_batches(path: Path, batch_size: int) -> Iterator[Tensor]:
+def _npz_batches(path: Path, batch_size: int, numbers: Sequence[int]) -> Iterator[Tensor]:
     """Read as a stream: only one batch in memory, regardless of the file's size."""
     with _array(path) as (file, shape):
         count, *one = shape
-        for start in range(0, count, batch_size):
+        first, bytes_each = file.tell(), int(np.prod(one))
+        for start in (number * batch_size for number in numbers):
             size = min(batch_size, count - start)
-            content = bytearray(file.read(size * int(np.prod(one))))
-            if len(content) < size * np.prod(one):
+            file.seek(first + start * bytes_each)
+            content = bytearray(file.read(size * bytes_each))
+            if len(content) < size * bytes_each:
                 raise InputError(f"{path} ends before its image {count}")
             yield torch.frombuffer(content, dtype=torch.uint8).view(size, *one).permute(0, 3, 1, 2)
 
@@ -106,9 +166,11 @@ def _check_size(file: Path, size: Sequence[int], first: Sequence[int]) -> None:
         )
 
 
-def _file_batches(files: PictureFiles, batch_size: int, image_size: int | None) -> Iterator[Tensor]:
+def _file_batches(
+    files: PictureFiles, image_size: int | None, batch_size: int, numbers: Sequence[int]
+) -> Iterator[Tensor]:
     shape = None
-    for start in range(0, len(files), batch_size):
+    for start in (number * batch_size for number in numbers):
         pixels = []
         for file in files[start : start + batch_size]:
             pixels.append(read_pixels(file, file, image_size))
@@ -117,7 +179,7 @@ def _file_batches(files: PictureFiles, batch_size: int, image_size: int | None) 
         yield torch.stack(pixels)
 
 
-def _dataset_batches(dataset: data.ImageDataset, batch_size: int) -> Iterator[Tensor]:
-    for start in range(0, len(dataset), batch_size):
+def _dataset_batches(dataset: data.ImageDataset, batch_size: int, numbers: Sequence[int]) -> Iterator[Tensor]:
+    for start in (number * batch_size for number in numbers):
         pixels, _ = dataset.batch(range(start, min(start + batch_size, len(dataset))))
         yield pixels.expand(-1, 3, -1, -1)

@@ -24,12 +24,13 @@ class Moments:
 
     Args:
         features: F.
+        device: where the sums are.
     """
 
-    def __init__(self, features: int):
+    def __init__(self, features: int, device: torch.device | str = "cpu"):
         self.count = 0
-        self.sum = torch.zeros(features, dtype=torch.float64)
-        self.products = torch.zeros(features, features, dtype=torch.float64)
+        self.sum = torch.zeros(features, dtype=torch.float64, device=device)
+        self.products = torch.zeros(features, features, dtype=torch.float64, device=device)
 
     def add(self, features: Tensor) -> None:
         """Add a batch [B, F]."""
@@ -145,7 +146,7 @@ def neighbour_distance(features: Tensor, half: bool) -> Tensor:
     """The squared distance from each point to its third nearest neighbour, [N]."""
     found = []
     for rows in features.split(BLOCK):
-        nearest = torch.empty(len(rows), 0, dtype=features.dtype)
+        nearest = torch.empty(len(rows), 0, dtype=features.dtype, device=features.device)
         for columns in features.split(BLOCK):
             nearest = torch.cat((nearest, squared_distances(rows, columns, half).to(features.dtype)), 1)
             nearest = nearest.topk(min(NEIGHBOURS + 1, nearest.shape[1]), largest=False).values  # each finds itself too
@@ -157,7 +158,7 @@ def covered(points: Tensor, centres: Tensor, half: bool) -> float:
     """The share of points inside at least one ball around a centre that reaches to its third nearest neighbour."""
     radii, inside = neighbour_distance(centres, half).split(BLOCK), []
     for rows in points.split(BLOCK):
-        within = torch.zeros(len(rows), dtype=torch.bool)
+        within = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         for columns, reach in zip(centres.split(BLOCK), radii, strict=True):
             within |= (squared_distances(rows, columns, half) <= reach).any(1)
         inside.append(within)

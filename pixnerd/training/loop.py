@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .. import flow
-from ..checkpoints import classes_of, leaders_checkpoint, load, load_training_state, save_checkpoint
+from ..checkpoints import classes_of, leaders_checkpoint, load_training_state, save_checkpoint
 from ..conditions import Conditions, training_conditions
 from ..config import TrainConfig
 from ..data import ImageDataset
@@ -25,6 +25,7 @@ from ..distributed import World, bare, check_sharding, exchange_gradients, join,
 from ..errors import InputError, NonFiniteLoss, WriteError
 from ..fields import NeuralFieldHead
 from ..model import PatchDenoiser
+from ..model_source import load
 from ..randomness import Purpose, derived_seed
 from ..runs import Run
 from ..text import build_network
@@ -58,7 +59,9 @@ def train(config: TrainConfig, device: torch.device | None = None) -> Iterator[S
         NonFiniteLoss: while iterating; earlier checkpoints are kept.
     """
     world = join(device)
+    run = Run(Path(config.out).absolute())  # a notebook may change its working directory between two steps
     with world.together():
+        config = run.completed(config)
         datasets = load_datasets(config, world)
         dataset = datasets[config.image_sizes[0]]
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, channels=dataset.channels))
@@ -71,7 +74,6 @@ def train(config: TrainConfig, device: torch.device | None = None) -> Iterator[S
             check_sharding()
         check_shared_memory(config, world)
         conditions = training_conditions(config, dataset, world.device)
-    run = Run(Path(config.out).absolute())  # a notebook may change its working directory between two steps
     checkpoint = leaders_checkpoint(run.checkpoints, world)
     job = Job(config, run, datasets, conditions, loss_terms(config, world), world)
     with world.together():
@@ -386,6 +388,6 @@ def is_due(config: TrainConfig, step: int, every: int) -> bool:
 def save(job: Job, state: TrainingState) -> None:
     """Write a checkpoint of the completed steps, unless one exists."""
     if state.step > state.saved:
-        folder, keep = job.run.checkpoints, job.config.keep_checkpoints
-        save_checkpoint(folder, state.step, state.models, state.optimizer, keep, job.world)
+        folder, keep, keep_every = job.run.checkpoints, job.config.keep_checkpoints, job.config.keep_every
+        save_checkpoint(folder, state.step, state.models, state.optimizer, keep, job.world, keep_every)
         state.saved = state.step

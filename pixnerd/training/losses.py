@@ -68,7 +68,7 @@ def loss_terms(config: TrainConfig, world: World) -> list[LossTerm]:
                 "alignment",
                 config.align_weight,
                 alignment,
-                tap=config.align_block,
+                tap=config.aligned_block,
                 trained=alignment.projector,
                 until=config.align_until,
             )

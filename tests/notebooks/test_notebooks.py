@@ -18,7 +18,7 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 
-from pixnerd import ModelConfig
+from pixnerd import ModelConfig, planning
 from pixnerd.cli import parse
 from pixnerd.explore.explorer import Explorer
 from pixnerd.recipes import RECIPES
@@ -358,7 +358,9 @@ def test_the_published_text_command_is_the_published_recipe(monkeypatch, tmp_pat
     assert (first.start_from, second.start_from) == ("", f"{first.out}/checkpoints/step-200000")
     assert third.start_from == f"{second.out}/checkpoints/step-80000"
     for config, recipe in zip(names["configs"], ("text-256", "text-512", "text-tune"), strict=True):
-        places = {name: getattr(config, name) for name in ("out", "data", "start_from")}
+        places = {name: getattr(config, name) for name in ("out", "data", "start_from", "align")}
+        assert config.align == "facebook/dinov2-base"
+        assert planning.plan(config, names["gpus"]).fit().fits()
         assert config == dataclasses.replace(RECIPES[recipe], **places)
 
 
@@ -375,6 +377,7 @@ def test_the_published_imagenet_commands_are_the_published_recipe(monkeypatch, t
     given = {name: names[name] for name in ("out", "data", "align")}
     published = dataclasses.replace(RECIPES["imagenet-256"], **given)
     assert names["config"] == published
+    assert planning.plan(published, names["gpus"]).fit().fits()
     lines = re.findall(r"-m pixnerd (train .+?)\n```", introduction.replace("\\\n", ""), re.DOTALL)
     assert [parse(shlex.split(line)).config for line in lines] == [published, published]
 

@@ -1,0 +1,207 @@
+"""A trained model by its name: a run, a checkpoint of it, a .safetensors file, or released weights.
+
+Every command, notebook and panel that takes a trained model takes these names:
+
+    runs/xl                            the newest checkpoint of a run
+    runs/xl@400000                     the checkpoint after 400,000 steps; a checkpoint's folder does as well
+    runs/xl@200000,400000, runs/xl@all several checkpoints, for `evaluate`
+    model.safetensors                  what `pixnerd convert` or a checkpoint holds
+    model.ckpt                         the authors' weights
+    MCG-NJU/PixNerd-XL-P16-C2I         the same from the Hugging Face hub, or …/FILE.ckpt for one of several files
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .config import RELEASED, SamplingConfig, TrainConfig
+from .errors import InputError
+from .files import content_hash, readable
+from .recipes import TEXT_256
+from .runs import Run
+
+if TYPE_CHECKING:  # the defaults of a command's flags need no torch
+    import torch
+
+    from .model import PatchDenoiser
+
+KINDS = "a run's folder, RUN@STEP, a checkpoint's folder, a .safetensors file or released weights"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a trained model's weights are, and which settings belong to them."""
+
+    name: str
+    """as it was given"""
+    run: Run | None
+    """the run it belongs to, if any"""
+    path: Path | None
+    """a checkpoint's folder or a file; None: the run's newest checkpoint, or a file on the hub"""
+
+    @property
+    def follows(self) -> bool:
+        """Whether it is a run's newest checkpoint, whichever that is when it is read."""
+        return self.run is not None and self.path is None
+
+    def settled(self) -> "ModelSource":
+        """The same with its checkpoint named: a run that trains on does not change what is measured."""
+        from .checkpoints import newest_checkpoint
+
+        return self.at(newest_checkpoint(self.run.checkpoints)) if self.follows else self
+
+    def at(self, checkpoint: Path | None) -> "ModelSource":
+        """The same run at this checkpoint. Raises InputError if there is none."""
+        if checkpoint is None:
+            raise InputError(f"run {self.run.folder} has no checkpoint yet")
+        return dataclasses.replace(self, path=checkpoint)
+
+    def file(self, average: str = "ema") -> Path:
+        """The file with the weights, fetched from the hub if need be.
+
+        Args:
+            average: which weights of a checkpoint: "ema", the moving average; "ema-0.999", a further one with this
+                decay; "model", the weights as the optimiser left them, which a sharded run does not write in one file.
+
+        Raises:
+            InputError: there are no such weights.
+        """
+        path = self.settled().path
+        if path is not None and path.is_dir():
+            return path / f"{average}.safetensors"
+        if average != "ema":
+            raise InputError(f"average is {average!r}; {self.name} holds one set of weights, leave it out")
+        if path is not None:
+            return path
+        from .released import download
+
+        return download(*_in_repository(self.name))
+
+    def load(self, average: str = "ema", device: "torch.device | str" = "cpu") -> "PatchDenoiser":
+        """The model in evaluation mode; `average` as in `file`. Raises InputError when it cannot be read."""
+        from .checkpoints import load_model, load_newest
+        from .distributed import ALONE
+        from .released import load_released
+
+        if self.follows:
+            return load_newest(self.run.checkpoints, ALONE, average, device)[1]
+        file = self.file(average)
+        return load_model(file, device) if file.suffix == ".safetensors" else load_released(file, device=device)
+
+    def content(self, average: str = "ema") -> str:
+        """The first digits of the sha256 of the weights' file, which identify it wherever it lies."""
+        with readable(file := self.file(average)):
+            return content_hash(file)
+
+    @property
+    def label(self) -> str:
+        """The checkpoint's name, "step-400000", or the file's."""
+        path = self.settled().path
+        return self.name.rpartition("/")[2] if path is None else path.name
+
+    @property
+    def results(self) -> Run:
+        """Where its samples and metrics go: its own run, or runs/NAME for weights without one."""
+        return self.run or Run(Path("runs") / Path(self.name).stem)
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """Its run's sampling settings, or the published ones for class- or text-conditional images."""
+        if self.run is not None:
+            return self.run.config().sampling
+        return TEXT_256.sampling if self._reads_text() else SamplingConfig()
+
+    def config(self, model: "PatchDenoiser") -> TrainConfig:
+        """Its run's settings, or the published ones where they matter to a trained `model` without a run."""
+        if self.run is not None:
+            return self.run.config()
+        return TrainConfig(model=model.config, sampling=self.sampling, cache_text=False)
+
+    def _reads_text(self) -> bool:
+        if self.path is None:
+            return RELEASED[_in_repository(self.name)[0]].text
+        if self.path.is_dir() or self.path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with readable(self.file()), safe_open(self.file(), "np") as file:
+                return "text_length" in (file.metadata() or {}).get("pixnerd", "")
+        from .released import reads_text
+
+        return reads_text(self.path)
+
+
+def find_model(name: str | Path) -> ModelSource:
+    """The model called `name`, see this module's beginning; nothing is read or fetched yet. Raises InputError."""
+    path = Path(name)
+    if path.is_file():
+        return ModelSource(str(name), _run_of(path.parent), path)
+    if path.is_dir():
+        if (path / "checkpoints").is_dir() or (path / "config.json").is_file():
+            return ModelSource(str(name), Run(path), None)
+        return ModelSource(str(name), _run_of(path), path)
+    folder, at, step = str(name).rpartition("@")
+    if at and (run := Run(folder)).checkpoints.is_dir():
+        checkpoint = run.checkpoints / f"step-{step.removeprefix('step-')}"
+        if not checkpoint.is_dir():
+            raise InputError(f"run {folder} has no checkpoint @{step}; it has {', '.join(_steps(run)) or 'none'}")
+        return ModelSource(str(name), run, checkpoint)
+    if _in_repository(str(name))[0] in RELEASED:
+        return ModelSource(str(name), None, None)
+    raise InputError(f"{name} does not exist and holds no run; {KINDS} is needed")
+
+
+def load(path: str | Path, *, weights: str = "ema", device: "torch.device | str" = "cpu") -> "PatchDenoiser":
+    """A trained model in evaluation mode.
+
+    Args:
+        path: its name: a run's folder (its newest readable checkpoint is used), RUN@STEP, a checkpoint's folder, a
+            .safetensors file, a file of the authors' code, or the id of their repository on the Hugging Face hub.
+        weights: which weights of a checkpoint, see `ModelSource.file`.
+        device: where the model goes.
+
+    Raises:
+        InputError: there is nothing to load, or it cannot be read.
+    """
+    return find_model(path).load(weights, device)
+
+
+def own_sampling(name: str) -> SamplingConfig | None:
+    """The sampling settings that belong to the model called `name`; None if the name is of images, or of nothing."""
+    if Path(name).suffix == ".npz":
+        return None
+    try:
+        return find_model(each_checkpoint(name)[0]).sampling
+    except InputError:
+        return None  # said in full where it is opened
+
+
+def each_checkpoint(name: str) -> list[str]:
+    """The names that one name with several checkpoints stands for: RUN@STEP,STEP or RUN@all; else the name itself."""
+    folder, at, steps = name.rpartition("@")
+    if not at or Path(name).exists() or not (steps == "all" or "," in steps):
+        return [name]
+    chosen = _steps(Run(folder)) if steps == "all" else steps.split(",")
+    if not chosen:
+        raise InputError(f"run {folder} has no checkpoint yet")
+    return [find_model(f"{folder}@{step}").name for step in chosen]
+
+
+def _run_of(checkpoint: Path) -> Run | None:
+    """The run to which a checkpoint's folder belongs."""
+    run = Run(checkpoint.resolve().parents[1]) if checkpoint.resolve().parent.name == "checkpoints" else None
+    return run if run is not None and run.config_path.is_file() else None
+
+
+def _in_repository(name: str) -> tuple[str, str | None]:
+    """OWNER/NAME or OWNER/NAME/FILE as the repository and the file in it; None: the published one."""
+    owner, _, rest = name.partition("/")
+    repository, _, file = rest.partition("/")
+    return f"{owner}/{repository}", file or None
+
+
+def _steps(run: Run) -> list[str]:
+    """The steps of a run's checkpoints, in ascending order."""
+    found = (re.fullmatch(r"step-(\d+)", path.name) for path in run.checkpoints.glob("step-*"))
+    return [str(step) for step in sorted(int(match[1]) for match in found if match)]

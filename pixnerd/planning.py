@@ -1,0 +1,195 @@
+"""What a training run will take of each GPU before it is started: arithmetic, memory, hours; and what an evaluation.
+
+Everything here is computed from shapes; the hours are an estimate from a published speed.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import cost, frozen
+from .config import TrainConfig
+from .fields import PATCHES_PER_PIECE
+from .frozen.dinov2 import PATCH
+from .model import PatchDenoiser
+from .model_config import Recompute, TextModelConfig
+from .sampling import network_passes
+from .text import build_network
+
+GIB = 2**30
+CARD = 79.2  # GiB that a card sold with 80 GB reports
+SPARE = 0.08  # share of a card for what is not counted: the context, workspaces, buffers of communication, fragments
+# The authors' XL/16 takes 0.27 s a step on eight A100 (arXiv 2507.23268): 32 images a GPU of 3 · 268 + 46 GFLOP each
+RATE = 1e14  # FLOP/s of an A100
+POLICIES: tuple[Recompute, ...] = ("none", "head", "all")
+DINOV2 = {"small": (384, 12), "base": (768, 12), "large": (1024, 24), "giant": (1536, 40)}  # width, blocks
+ENCODERS = {"Qwen/Qwen3-1.7B": (1.7e9, 1.4e9)}  # parameters, and those without the table of tokens
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What frozen networks add to a training step."""
+
+    flops: float = 0
+    """an image"""
+    bytes: float = 0
+    """of weights on each GPU"""
+
+    def __add__(self, other: "Frozen") -> "Frozen":
+        return Frozen(self.flops + other.flops, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The memory of one GPU, in GiB, with one way of saving it."""
+
+    recompute: Recompute
+    accumulate: int
+    images: int
+    """that a GPU computes at once"""
+    state: float
+    """weights, gradients, AdamW's moments, moving averages; copies of the weights in bfloat16; frozen networks"""
+    kept: float
+    """from the forward pass for the backward pass"""
+    passing: float
+    """computed again in the backward pass, one block or one piece of the head at a time"""
+
+    @property
+    def total(self) -> float:
+        return self.state + self.kept + self.passing
+
+    def fits(self, card: float = CARD) -> bool:
+        """Whether a card of so many GiB holds it, with some to spare."""
+        return self.total <= (1 - SPARE) * card
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training run takes."""
+
+    config: TrainConfig
+    gpus: int
+    model: PatchDenoiser
+    """on the meta device: shapes alone"""
+    frozen: Frozen
+    kept: dict[str, float]
+    """GiB an image, by policy of recomputation"""
+
+    def fit(self, recompute: Recompute | None = None, accumulate: int | None = None) -> Fit:
+        """The memory of one GPU; by default with the run's own settings."""
+        config = self.config
+        recompute, accumulate = recompute or config.recompute, accumulate or config.accumulate
+        shards = self.gpus if config.shard else 1
+        state = cost.state_bytes(self.model, len(config.ema_decays), shards) / GIB
+        if config.precision != "float32":
+            state += 2 * sum(p.numel() for p in self.model.parameters()) / GIB
+        images = config.batch_size // (self.gpus * accumulate)
+        tokens = (config.model.image_size // config.model.patch_size) ** 2
+        piece = (self.kept["none"] - self.kept["head"]) * min(images, PATCHES_PER_PIECE / tokens)
+        block = (self.kept["head"] - self.kept["all"]) * images / config.model.blocks
+        passing = {"none": 0.0, "head": piece, "all": max(piece, block)}[recompute]
+        kept = self.kept[recompute] * images
+        return Fit(recompute, accumulate, images, state + self.frozen.bytes / GIB, kept, passing)
+
+    def suggestions(self, card: float = CARD) -> list[Fit]:
+        """What fits a card where the run's own settings do not: more parts of a step, or more recomputation."""
+        if self.fit().fits(card):
+            return []
+        config, each = self.config, self.config.batch_size // self.gpus
+        parts = [n for n in range(config.accumulate, each + 1) if each % n == 0]
+        in_parts = (self.fit(accumulate=n) for n in parts)
+        more = (self.fit(recompute=policy) for policy in POLICIES[POLICIES.index(config.recompute) + 1 :])
+        both = (self.fit("all", n) for n in parts)
+        found = [next((fit for fit in fits if fit.fits(card)), None) for fits in (in_parts, more)]
+        found = [fit for fit in found if fit] or [fit for fit in both if fit.fits(card)][:1]
+        return sorted(found, key=lambda fit: fit.accumulate)
+
+    def flops(self, recompute: Recompute | None = None) -> float:
+        """Floating-point operations of a training step for one image, recomputation and frozen networks included."""
+        return cost.step_flops(self.model, self.config.model.image_size, recompute) + self.frozen.flops
+
+    def hours(self, rate: float = RATE) -> float:
+        """Of training, at `rate` FLOP/s of each GPU."""
+        config = self.config
+        return self.flops() * config.batch_size * config.steps / (rate * self.gpus) / 3600
+
+    def sampling_hours(self, images: int = 50_000, rate: float = RATE) -> float:
+        """Of sampling so many images with the run's settings on all GPUs, at `rate` FLOP/s of each."""
+        flops = network_passes(self.config.sampling) * cost.forward_flops(self.model, self.config.model.image_size)
+        return images * flops / (rate * self.gpus) / 3600
+
+
+def plan(config: TrainConfig, gpus: int = 1, num_classes: int = 1000) -> Plan:
+    """Count what a run takes of each of `gpus` GPUs. Raises InputError if its teacher cannot be found."""
+    with torch.device("meta"):
+        model = build_network(config.model, num_classes, config.recompute)
+    size, dtype = config.model.image_size, torch.float32 if config.precision == "float32" else torch.bfloat16
+    kept = {policy: cost.saved_activation_bytes(model, size, policy, dtype) / GIB for policy in POLICIES}
+    return Plan(config, gpus, model, teacher_cost(config) + encoder_cost(config), kept)
+
+
+def teacher_cost(config: TrainConfig) -> Frozen:
+    """What REPA's teacher takes; a DINOv2's size is read off its name or its folder's config.json."""
+    if not config.align:
+        return Frozen()
+    rows = config.model.image_size // config.model.patch_size
+    described = Path(config.align) / "config.json"
+    width, blocks = next((size for name, size in DINOV2.items() if f"dinov2-{name}" in config.align), (0, 0))
+    if described.is_file():
+        about = json.loads(described.read_text())
+        width, blocks = about.get("hidden_size", width), about.get("num_hidden_layers", blocks)
+    if width:
+        tokens, matrices = rows**2 + 1, 12 * blocks * width**2
+        attention, patches = 2 * blocks * tokens**2 * width, rows**2 * 3 * PATCH**2 * width
+        return Frozen(2 * (tokens * matrices + attention + patches), 4 * matrices)
+    teacher = frozen.load(config.align)
+    with FlopCounterMode(display=False) as counter:
+        teacher.tokens(torch.zeros(1, 3, *(config.model.image_size,) * 2), (rows, rows))
+    return Frozen(counter.get_total_flops(), 4 * sum(p.numel() for p in teacher.parameters()))
+
+
+def encoder_cost(config: TrainConfig) -> Frozen:
+    """What the reader of captions takes, if it is a known large one that reads every caption anew."""
+    if not isinstance(config.model, TextModelConfig) or config.text_encoder not in ENCODERS:
+        return Frozen()
+    weights, computing = ENCODERS[config.text_encoder]
+    return Frozen(2 * computing * config.model.text_length, 2 * weights)
+
+
+def memory_table(plan: Plan, card: float = CARD) -> list[list[str]]:
+    """A table's titles and rows: each policy of recomputation, whether it fits a card of so many GiB."""
+    titles = ["recompute", "accumulate", "images at once", "state", "kept", "computed again", "sum (GiB)", "fits"]
+    rows = [titles]
+    for policy in POLICIES:
+        fit = plan.fit(policy)
+        numbers = (f"{value:.3g}" for value in (fit.state, fit.kept, fit.passing, fit.total))
+        rows.append([policy, str(fit.accumulate), str(fit.images), *numbers, "yes" if fit.fits(card) else "no"])
+    return rows
+
+
+def advice(plan: Plan, card: float = CARD) -> str:
+    """One sentence: whether the run's settings fit the card, and otherwise which do."""
+    fit = plan.fit()
+    own = f"recompute {fit.recompute}, accumulate {fit.accumulate}: {fit.total:.1f} GiB of a card with {card:g} GiB"
+    if fit.fits(card):
+        return f"{own}, which fits"
+    fitting = plan.suggestions(card)
+    if not fitting:
+        return f"{own}, too much, and no recomputation or accumulation suffices: use more GPUs and --shard"
+    ways = [f"--recompute {way.recompute} --accumulate {way.accumulate} ({way.total:.1f} GiB)" for way in fitting]
+    return f"{own}, too much; use {' or '.join(ways)}"
+
+
+def hours_line(plan: Plan, rate: float = RATE) -> str:
+    """The arithmetic and the estimated hours, in one line."""
+    config, full = plan.config, plan.flops() / 1e9
+    with_frozen = f", {plan.frozen.flops / 1e9:.4g} of them of frozen networks" if plan.frozen.flops else ""
+    hours, evaluation = plan.hours(rate), plan.sampling_hours(rate=rate)
+    return (
+        f"a step: {full:.4g} GFLOP an image{with_frozen}; at {rate:.3g} FLOP/s a GPU {config.steps:,} steps take "
+        f"{hours:.3g} hours on {plan.gpus}, {hours * plan.gpus:.4g} GPU-hours, and sampling 50,000 images "
+        f"{evaluation:.2g} hours (estimates)"
+    )

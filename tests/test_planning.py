@@ -1,0 +1,98 @@
+"""The plan of a run, against counts made in other ways."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pixnerd import SIZES
+from pixnerd.cli import main
+from pixnerd.config import TrainConfig
+from pixnerd.cost import forward_flops, saved_activation_bytes, step_flops
+from pixnerd.planning import GIB, advice, plan, teacher_cost
+from pixnerd.recipes import RECIPES
+from pixnerd.text import build_network
+
+
+def counted(size, recompute):
+    """The arithmetic of a step as torch counts it while it happens, on shapes alone."""
+    with torch.device("meta"):
+        model = build_network(SIZES[size], 10, recompute).train()
+    x, t = torch.empty(1, 3, 32, 32, device="meta"), torch.empty(1, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model(x, t, model.example_condition()).sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("size", ["micro/8", "text-nano/8"])
+def test_the_flops_of_a_step_have_what_is_recomputed(size):
+    with torch.device("meta"):
+        model = build_network(SIZES[size], 10)
+    torch_counts = {policy: counted(size, policy) for policy in ("none", "head", "all")}
+    ours = {policy: step_flops(model, 32, policy) for policy in torch_counts}
+    assert ours["none"] == 3 * forward_flops(model, 32) == pytest.approx(torch_counts["none"], rel=0.06)
+    for policy in ("head", "all"):  # torch may skip a last product again, whose value no derivative needs
+        assert ours[policy] - ours["none"] == pytest.approx(torch_counts[policy] - torch_counts["none"], rel=0.06)
+
+
+@pytest.fixture(scope="module")
+def large():
+    """XL/16 at 512 pixels, 32 images on each of eight GPUs, as the recipe for 256 pixels would have it."""
+    model = dataclasses.replace(SIZES["XL/16"], image_size=512)
+    return plan(dataclasses.replace(RECIPES["imagenet-256"], model=model), gpus=8)
+
+
+def test_what_does_not_fit_is_told_with_what_does(large):
+    fit = large.fit()
+    assert (fit.recompute, fit.images) == ("head", 32)
+    kept = 32 * saved_activation_bytes(large.model, 512, "head") / GIB
+    assert fit.kept == pytest.approx(kept)
+    assert fit.total == pytest.approx(22 * 700_589_219 / GIB + kept + fit.passing)
+    assert not fit.fits(card=48)
+    assert [(s.recompute, s.accumulate) for s in large.suggestions(card=48)] == [("all", 1), ("head", 2)]
+    assert all(s.fits(card=48) for s in large.suggestions(card=48))
+    assert "--recompute all --accumulate 1" in advice(large, card=48)
+    assert "--recompute head --accumulate 2" in advice(large, card=48)
+    assert large.suggestions(card=80) == []
+    assert "fits" in advice(large, card=80)
+    assert "more GPUs and --shard" in advice(large, card=10)
+
+
+def test_sharding_divides_the_state_and_nothing_else(large):
+    sharded = dataclasses.replace(large, config=dataclasses.replace(large.config, shard=True))
+    whole, part = large.fit(), sharded.fit()
+    assert whole.state - part.state == pytest.approx(7 / 8 * 20 * 700_589_219 / GIB)
+    assert (whole.kept, whole.passing) == (part.kept, part.passing)
+
+
+@pytest.mark.parametrize("recipe", ["text-256", "text-512", "text-tune"])
+def test_the_published_text_recipe_fits_eight_cards_of_80_gb(recipe):
+    found = plan(dataclasses.replace(RECIPES[recipe], align="facebook/dinov2-base"), gpus=8)
+    assert found.fit().fits(), advice(found)
+
+
+def test_a_teachers_size_is_that_of_the_network(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, patch_size=14)
+    config.save_pretrained(tmp_path)
+    found = teacher_cost(TrainConfig(align=str(tmp_path)))
+    network = transformers.Dinov2Model(config)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 3, 16 * 14, 16 * 14))
+    assert found.flops == counter.get_total_flops()
+    matrices = [p for p in network.encoder.parameters() if p.ndim == 2]
+    assert found.bytes == 4 * sum(p.numel() for p in matrices)
+    assert teacher_cost(TrainConfig(align="facebook/dinov2-base")).flops == pytest.approx(46.3e9, rel=0.01)
+    assert teacher_cost(TrainConfig()).flops == 0
+
+
+def test_the_command_needs_no_data(capsys):
+    main(["plan", "--size", "nano/8", "--data", "folder:/nowhere", "--gpus", "2", "--batch-size", "8", "--steps", "10"])
+    said = capsys.readouterr().out
+    assert "recompute head, accumulate 1" in said
+    assert "10 steps take" in said
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "--size", "nano/8", "--gpus", "3", "--batch-size", "8"])
+    assert stop.value.code == 2
+    assert "batch_size 8 cannot be shared evenly by 3 GPUs" in capsys.readouterr().err
