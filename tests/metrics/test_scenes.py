@@ -371,7 +371,7 @@ def test_a_text_run_samples_captions_and_is_scored_once(text_run, monkeypatch, c
         *("overall", "colour", "position", "binding", "composition", "true drawings"),
         *(f"{part} right" for part in PARTS),
     }
-    monkeypatch.setattr("pixnerd.evaluation.load", None)
+    monkeypatch.setattr("pixnerd.evaluation.Samples", None)
     capsys.readouterr()
     evaluate(*command)
     assert "9 images against shapes:held-out, captions shown: overall 0, colour 0," in capsys.readouterr().out
