@@ -112,6 +112,9 @@ def _read_manifest(root: Path) -> dict[str, Any]:
 
 def _check_manifest(image_size: int, channels: int, classes: list[str], labels: list[int], shards: list[Any]) -> None:
     """Raise a ValueError, or what wrong types raise, unless the entries of a manifest fit each other."""
+    numbers = [image_size, channels, *(shard[name] for shard in shards for name in ("images", "bytes"))]
+    if not all(type(number) is int and number > 0 for number in numbers):  # JSON's true is an int to isinstance
+        raise ValueError("a size or a number of images or bytes is no positive whole number")
     image_bytes = channels * image_size * image_size
     for shard in shards:
         if shard["bytes"] - shard["images"] * image_bytes < 0 or not isinstance(shard["sha256"], str):

@@ -364,6 +364,8 @@ WRONG = {
     "another folder's file": lambda m: m["shards"][0].update(file="../00000.npy"),
     "more images than bytes": lambda m: m["shards"][0].update(bytes=100),
     "a size that is text": lambda m: m.update(channels="3"),
+    "channels that are true": lambda m: m.update(channels=True),
+    "half an image": lambda m: m["shards"][0].update(images=3.5),
     "no sha256": lambda m: m["shards"][0].pop("sha256"),
 }
 
