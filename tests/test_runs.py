@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ from PIL import Image
 from pixnerd import SIZES, InputError
 from pixnerd.config import SamplingConfig, TrainConfig
 from pixnerd.errors import WriteError
+from pixnerd.model_config import TEXT_SIZES
 from pixnerd.runs import Run
 
 
@@ -92,3 +95,17 @@ def test_missing_files_are_reported(tmp_path):
         Run(tmp_path).config()
     with pytest.raises(InputError, match="run `pixnerd sample"):
         Run(tmp_path).load_samples()
+
+
+def test_the_aligned_block_is_the_published_one_and_a_runs_own_when_resumed(tmp_path):
+    text = replace(TEXT_SIZES["text-nano/8"], blocks=8)
+    assert TrainConfig(model=text, align="dinov2").aligned_block == 6
+    assert TrainConfig(align="dinov2").aligned_block == 8
+    assert TrainConfig(align="dinov2", align_block=3).aligned_block == 3
+    run, asked = Run(tmp_path / "run"), TrainConfig(model=text, align="dinov2", steps=9)
+    assert run.completed(asked) == asked
+    run.begin(replace(asked, align_block=8))  # what an earlier version wrote
+    run.begin(run.completed(asked))
+    assert run.config().aligned_block == 8
+    with pytest.raises(InputError, match="align_block 8 there, 6 asked for"):
+        run.begin(run.completed(replace(asked, align_block=6)))

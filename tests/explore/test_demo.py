@@ -193,7 +193,7 @@ def test_fields_become_numbers_or_sentences():
 
 
 def test_a_missing_run_is_refused_at_once(tmp_path):
-    with pytest.raises(InputError, match="gone holds no run: config.json is missing there"):
+    with pytest.raises(InputError, match="gone does not exist and holds no run; a run's folder"):
         demo(tmp_path / "gone")
 
 
