@@ -2,12 +2,17 @@
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
 from pixnerd.model import ModelConfig, PixNerd
 
 os.environ.setdefault("MPLBACKEND", "agg")
+hypothesis.settings.register_profile(
+    "any machine", deadline=None
+)  # how long an example takes is no property of the code
+hypothesis.settings.load_profile("any machine")
 
 TINY = ModelConfig(
     width=24, heads=2, blocks=2, patch_size=4, image_size=16, field_width=8, field_blocks=2, field_ratio=2

@@ -320,7 +320,7 @@ def test_a_picture_has_its_name_only_when_it_is_complete(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(Image.Image, "save", torn)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(InputError, match="no space"):
         sampled(out, prompts)
     assert not list(out.rglob("*.png"))
     monkeypatch.setattr(Image.Image, "save", original)
