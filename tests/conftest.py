@@ -9,9 +9,7 @@ import torch
 from pixnerd.model import ModelConfig, PixNerd
 
 os.environ.setdefault("MPLBACKEND", "agg")
-hypothesis.settings.register_profile(
-    "any machine", deadline=None
-)  # how long an example takes is no property of the code
+hypothesis.settings.register_profile("any machine", deadline=None)  # its speed is no property of the code
 hypothesis.settings.load_profile("any machine")
 
 TINY = ModelConfig(
