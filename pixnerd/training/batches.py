@@ -195,26 +195,37 @@ def check_shared_memory(config: TrainConfig, world: World) -> None:
         )
 
 
-def lost_worker(reason: BaseException) -> InputError | None:
-    """What to tell the user if an exception says that a loading process has died; None for any other exception."""
-    words = str(reason).splitlines()[0] if str(reason) else type(reason).__name__
-    if not words.startswith("DataLoader worker (pid") and not isinstance(reason, (ConnectionError, EOFError)):
-        return None
-    return InputError(
-        f"a process that loads images has died ({words.rstrip('. ')}): if memory or {SHARED_MEMORY} was too small, "
-        "start the container with more --memory or --shm-size, or train with --workers 0"
-    )
+def fetched(batches: Iterator[LoadedImages | InputError]) -> Iterator[LoadedImages | InputError]:
+    """The batches that other processes load. Raises InputError if one of these has died."""
+    try:
+        yield from batches
+    except (RuntimeError, OSError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if reason.startswith("Caught ") or (isinstance(error, RuntimeError) and "DataLoader worker (pid" not in reason):
+            raise  # an error in the code that loads, with its own traceback
+        raise InputError(
+            f"a process that loads images has died ({reason.rstrip('. ')}): if it lacked memory or {SHARED_MEMORY}, "
+            "start the container with more --memory or --shm-size, or train with --workers 0"
+        ) from error
 
 
 @contextlib.contextmanager
 def out_of_reach_of_signals(workers: int) -> Iterator[None]:
-    """Processes started in the block never see what asks the program to stop: it needs their batches until it has."""
-    if workers and hasattr(signal, "pthread_sigmask"):  # not on Windows
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    """Processes started in the block never see what asks the program to stop: it needs their batches until it has.
+
+    Nor does the death of one interrupt this process anywhere, even in the middle of a save, as torch would have it: the
+    loader notices it when the next batch is due.
+    """
+    if not workers or not hasattr(signal, "pthread_sigmask"):  # not on Windows
         yield
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    else:
+        return
+    on_death, blocked = signal.getsignal(signal.SIGCHLD), signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
         yield
+    finally:
+        if signal.getsignal(signal.SIGCHLD) is not on_death:
+            signal.signal(signal.SIGCHLD, on_death)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def step_batches(
@@ -231,7 +242,7 @@ def step_batches(
         pin_memory=world.device.type == "cuda",
     )
     with out_of_reach_of_signals(config.workers):
-        batches = iter(loader)
+        batches = fetched(iter(loader)) if config.workers else iter(loader)
     for step, loaded in enumerate(batches, start=first):
         if isinstance(loaded, InputError):
             raise loaded

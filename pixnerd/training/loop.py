@@ -29,7 +29,7 @@ from ..model_source import load
 from ..randomness import Purpose, derived_seed
 from ..runs import Run
 from ..text import build_network
-from .batches import Batch, check_shared_memory, load_datasets, lost_worker, step_batches
+from .batches import Batch, check_shared_memory, load_datasets, step_batches
 from .losses import LossTerm, loss_terms, velocity_measure
 from .meters import Board, LossWindow, SpeedMeter
 
@@ -222,16 +222,6 @@ def compile_regions(model: PatchDenoiser) -> None:
 
 
 def _train(job: Job, checkpoint: Path | None) -> Iterator[StepRecord]:
-    """The remaining steps; a loading process that dies, at whatever moment torch notices it, is one sentence."""
-    try:
-        yield from _steps(job, checkpoint)
-    except (RuntimeError, ConnectionError, EOFError) as reason:
-        if job.config.workers and (sentence := lost_worker(reason)) is not None:
-            raise sentence from reason
-        raise
-
-
-def _steps(job: Job, checkpoint: Path | None) -> Iterator[StepRecord]:
     """Run the remaining steps; the completed ones are saved however the loop stops, even by closing the generator."""
     with repeatable(job.config.deterministic):
         yield from _steps(job, checkpoint)
@@ -283,12 +273,7 @@ def _steps(job: Job, checkpoint: Path | None) -> Iterator[StepRecord]:
         together = world.size == 1 or isinstance(reason, GeneratorExit)  # one process cannot save for all
         can_write = not isinstance(reason, WriteError)
         if state.consistent and together and can_write and not (state.window.losses and state.window.first_bad()):
-            try:
-                save(job, state)
-            except RuntimeError as second:  # torch reports a dead loading process from a signal handler: anywhere, once
-                if lost_worker(second) is None:
-                    raise
-                save(job, state)
+            save(job, state)
         raise
     finally:
         if board is not None:

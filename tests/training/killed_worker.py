@@ -53,9 +53,17 @@ def train_in_a_child(request, rank, group, port):
 
 def serve():
     import torch
+    import torch._dynamo  # what a run imports, before the forks
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp
+    import torch.utils.tensorboard
 
-    import pixnerd.training  # noqa: F401, imported before the forks
+    import pixnerd.cli
+    import pixnerd.training.meters
 
+    from . import test_training  # noqa: F401
+
+    pixnerd.training.meters.matmul_rate = lambda *_: 1.0  # measuring a machine's best takes longer than all the steps
     torch.set_num_threads(1)  # a fork does not inherit a pool of threads
     sys.stdout = sys.stderr  # what the children print
     for line in sys.stdin:
