@@ -130,6 +130,8 @@ class Run:
 
     def cut_log(self, step: int) -> None:
         """Drop everything logged after `step`: a run that resumes there logs it again."""
+        if not self.log_path.exists():
+            return
         kept = [json.dumps(entry) + "\n" for entry in self.read_log() if entry["step"] <= step]
         write_atomically(self.log_path, "".join(kept))
 

@@ -198,8 +198,8 @@ def build_state(job: Job, checkpoint: Path | None) -> TrainingState:
     step = 0
     if checkpoint is not None:
         step = load_training_state(checkpoint, models, optimizer)
-        if world.leads:
-            job.run.cut_log(step)
+    if world.leads:
+        job.run.cut_log(step)  # also to nothing, after a kill before the first checkpoint
     if job.compiles:
         compile_regions(model)
     return TrainingState(models, replicate(model, world), optimizer, step, step)

@@ -12,23 +12,22 @@ from pixnerd.runs import Run
 
 from .killed_worker import Server, final_tensors, hidden, kill_again_and_again, stop_again_and_again
 
-STEPS = 480
-
-
 @pytest.mark.parametrize(
-    ("kills", "ranks", "workers"), [(20, 1, 0), (4, 1, 2), (4, 3, 0)], ids=["alone", "with loaders", "three ranks"]
+    ("kills", "steps", "ranks", "workers"),
+    [(20, 480, 1, 0), (4, 240, 1, 2), (4, 240, 3, 0)],
+    ids=["alone", "with loaders", "three ranks"],
 )
-def test_kills_lose_no_announced_step_and_change_nothing(tmp_path, kills, ranks, workers):
+def test_kills_lose_no_announced_step_and_change_nothing(tmp_path, kills, steps, ranks, workers):
     killed, straight = tmp_path / "killed", tmp_path / "straight"
-    settings = {"steps": STEPS, "batch_size": 6, "keep_checkpoints": 2, "workers": workers}
+    settings = {"steps": steps, "batch_size": 6, "keep_checkpoints": 2, "workers": workers}
     with Server() as server:
         seen_half = kill_again_and_again(server, killed, kills, ranks, **settings)
         assert seen_half >= kills // 2  # otherwise half-written checkpoints were not tested
         for folder in (killed, straight):
             server.start(folder, ranks, checkpoint_every=3, log_every=1, **settings)
             assert server.end() == [0] * ranks
-    assert final_tensors(killed, STEPS) == final_tensors(straight, STEPS)  # bit for bit
-    assert [entry["step"] for entry in Run(killed).read_log()] == list(range(1, STEPS + 1))
+    assert final_tensors(killed, steps) == final_tensors(straight, steps)  # bit for bit
+    assert [entry["step"] for entry in Run(killed).read_log()] == list(range(1, steps + 1))
     assert not hidden(killed)
 
 
