@@ -12,6 +12,7 @@ from pixnerd.runs import Run
 
 from .killed_worker import Server, final_tensors, hidden, kill_again_and_again, stop_again_and_again
 
+
 @pytest.mark.parametrize(
     ("kills", "steps", "ranks", "workers"),
     [(20, 480, 1, 0), (4, 240, 1, 2), (4, 240, 3, 0)],
