@@ -15,6 +15,7 @@ from pixnerd.data import to_uint8
 from pixnerd.distributed import World
 from pixnerd.layers import RMSNorm
 from pixnerd.model import ModelConfig
+from pixnerd.runs import Run
 from pixnerd.solvers import SOLVERS
 from pixnerd.text import TEXT_SIZES, TextPixNerd
 from pixnerd.training import TrainConfig, batches, loop, losses
@@ -188,7 +189,8 @@ def test_a_step_never_waits_for_the_gpu_and_has_few_operators(monkeypatch, reque
         pixels, labels = torch.empty(4, 3, 64, 64, dtype=torch.uint8), torch.empty(4, dtype=torch.long)
         one = batches.LoadedImages(pixels, labels, labels.clone(), tokens=None)
         monkeypatch.setattr(batches, "DataLoader", lambda *_, **__: [one, one])
-        job = loop.Job(config, None, {64: [None] * 9}, conditions, losses.loss_terms(config, world), world)
+        run = Run("a folder that is not there")
+        job = loop.Job(config, run, {64: [None] * 9}, conditions, losses.loss_terms(config, world), world)
         state = loop.build_state(job, None)
         steps = batches.step_batches(config, job.datasets, conditions, 0, world)
         for _ in range(2):  # the first step makes the tables and AdamW's moments
