@@ -134,8 +134,8 @@ class Captions:
         self.encode_text, self.captions = encode, captions
         self.tokenizer = None
         if isinstance(encode, TransformersEncoder):  # a cached one is asked for whole captions
-            self.tokenizer = CaptionTokenizer(encode.tokenizer, captions)
-            self._no_caption = encode.tokenizer([""])
+            self.tokenizer = CaptionTokenizer(encode.tokenise, captions)
+            self._no_caption = encode.tokenise([""])
 
     @property
     def nothing(self) -> Tensor:

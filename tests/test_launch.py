@@ -186,7 +186,7 @@ def test_two_processes_train_together(tmp_path, one_thread):
     [
         (["--data", "folder:/nowhere"], "^folder /nowhere does not exist; [^\n]*$"),  # found by every process
         (["--steps", "0"], "^steps is 0; it has to be at least 1$"),  # found before the processes know of one another
-        (["--start-from", "/nowhere"], "^/nowhere does not exist; [^\n]*$"),
+        (["--start-from", "/nowhere"], "^/nowhere does not exist and holds no run; [^\n]*$"),
     ],
 )
 def test_two_processes_refuse_as_one_does(tmp_path, one_thread, flags, sentence):

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..differences import differences
-from ..errors import InputError
+from ..errors import InputError, WriteError
 from ..files import make_folder, read_json, remove_partial_files, replacing, write_atomically
 from .dataset import ImageDataset
 
@@ -181,8 +181,8 @@ class Shards(Dataset):
                 np.save(partial, images[:kept])
             record = {"file": path.name, "images": kept, "bytes": path.stat().st_size, "sha256": _sha256(path)}
             write_atomically(path.with_suffix(".json"), json.dumps({**record, "skipped": skipped}) + "\n")
-        except OSError as error:
-            return InputError(f"{path} cannot be written: {error}")
+        except WriteError as error:
+            return error
         return len(indices)
 
     def _path(self, number: int) -> Path:

@@ -67,7 +67,8 @@ class TransformersEncoder:
         except ImportError as error:
             raise InputError("text encoders need the package transformers: pip install 'pixnerd[text]'") from error
         try:
-            self.tokenizer = Tokenizer(AutoTokenizer.from_pretrained(source, padding_side="right"), length)
+            self.tokenizer = AutoTokenizer.from_pretrained(source, padding_side="right")
+            self.tokenise = Tokenizer(self.tokenizer, length)
             on_gpu = torch.device(device).type == "cuda"
             dtype = torch.bfloat16 if on_gpu else torch.float32
             self.model = AutoModel.from_pretrained(source, dtype=dtype).to(device).eval().requires_grad_(False)
@@ -79,7 +80,7 @@ class TransformersEncoder:
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """[B, L, F]; a caption that is too long is cut, the first with a warning."""
-        tokens = self.tokenizer(captions)
+        tokens = self.tokenise(captions)
         if (cut := (tokens.lengths > self.length).nonzero()).numel():
             self.warn(captions[int(cut[0])], int(tokens.lengths[cut[0]]))
         return self.encode(tokens)
