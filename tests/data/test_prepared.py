@@ -283,7 +283,7 @@ def test_unsuitable_data_sets_are_refused(root, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(np, "save", full)
-        with pytest.raises(InputError, match=r"00000\.npy cannot be written \(No space left):
+        with pytest.raises(InputError, match=r"00000\.npy cannot be written \(No space left"):
             prepare(root, tmp_path / "copy", workers=1)
     source.captions = [("a photo",)] * COUNT
     with pytest.raises(InputError, match="has captions, which a prepared copy does not keep"):
