@@ -113,13 +113,13 @@ class Plan(Train):
     """FLOP/s of each; by default an A100's in the authors' runs"""
 
     def run(self) -> None:
-        from .planning import advice, hours_line, memory_table, plan
+        from .planning import advice, hours_line, memory_table, plan_run
 
         config = self.config
         if config.batch_size % (self.gpus * config.accumulate):
             parts = f"{self.gpus} GPUs in {config.accumulate} parts each"
             raise InputError(f"batch_size {config.batch_size} cannot be shared evenly by {parts}")
-        found = plan(config, self.gpus)
+        found = plan_run(config, self.gpus)
         parameters = sum(parameter.numel() for parameter in found.model.parameters())
         print(f"{parameters / 1e6:.1f} million parameters, {config.model.image_size} pixels, GiB on each GPU:")
         rows = memory_table(found, self.card_gib)

@@ -122,7 +122,7 @@ class Plan:
         return images * flops / (rate * self.gpus) / 3600
 
 
-def plan(config: TrainConfig, gpus: int = 1, num_classes: int = 1000) -> Plan:
+def plan_run(config: TrainConfig, gpus: int = 1, num_classes: int = 1000) -> Plan:
     """Count what a run takes of each of `gpus` GPUs. Raises InputError if its teacher cannot be found."""
     with torch.device("meta"):
         model = build_network(config.model, num_classes, config.recompute)

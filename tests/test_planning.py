@@ -10,7 +10,7 @@ from pixnerd import SIZES
 from pixnerd.cli import main
 from pixnerd.config import TrainConfig
 from pixnerd.cost import forward_flops, saved_activation_bytes, step_flops
-from pixnerd.planning import GIB, advice, plan, teacher_cost
+from pixnerd.planning import GIB, advice, plan_run, teacher_cost
 from pixnerd.recipes import RECIPES
 from pixnerd.text import build_network
 
@@ -40,7 +40,7 @@ def test_the_flops_of_a_step_have_what_is_recomputed(size):
 def large():
     """XL/16 at 512 pixels, 32 images on each of eight GPUs, as the recipe for 256 pixels would have it."""
     model = dataclasses.replace(SIZES["XL/16"], image_size=512)
-    return plan(dataclasses.replace(RECIPES["imagenet-256"], model=model), gpus=8)
+    return plan_run(dataclasses.replace(RECIPES["imagenet-256"], model=model), gpus=8)
 
 
 def test_what_does_not_fit_is_told_with_what_does(large):
@@ -68,7 +68,7 @@ def test_sharding_divides_the_state_and_nothing_else(large):
 
 @pytest.mark.parametrize("recipe", ["text-256", "text-512", "text-tune"])
 def test_the_published_text_recipe_fits_eight_cards_of_80_gb(recipe):
-    found = plan(dataclasses.replace(RECIPES[recipe], align="facebook/dinov2-base"), gpus=8)
+    found = plan_run(dataclasses.replace(RECIPES[recipe], align="facebook/dinov2-base"), gpus=8)
     assert found.fit().fits(), advice(found)
 
 

@@ -360,7 +360,7 @@ def test_the_published_text_command_is_the_published_recipe(monkeypatch, tmp_pat
     for config, recipe in zip(names["configs"], ("text-256", "text-512", "text-tune"), strict=True):
         places = {name: getattr(config, name) for name in ("out", "data", "start_from", "align")}
         assert config.align == "facebook/dinov2-base"
-        assert planning.plan(config, names["gpus"]).fit().fits()
+        assert planning.plan_run(config, names["gpus"]).fit().fits()
         assert config == dataclasses.replace(RECIPES[recipe], **places)
 
 
@@ -377,7 +377,7 @@ def test_the_published_imagenet_commands_are_the_published_recipe(monkeypatch, t
     given = {name: names[name] for name in ("out", "data", "align")}
     published = dataclasses.replace(RECIPES["imagenet-256"], **given)
     assert names["config"] == published
-    assert planning.plan(published, names["gpus"]).fit().fits()
+    assert planning.plan_run(published, names["gpus"]).fit().fits()
     lines = re.findall(r"-m pixnerd (train .+?)\n```", introduction.replace("\\\n", ""), re.DOTALL)
     assert [parse(shlex.split(line)).config for line in lines] == [published, published]
 
