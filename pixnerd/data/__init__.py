@@ -28,6 +28,7 @@ class Source(NamedTuple):
 
 DATA_SETS = {
     "digits": Source(("digits",), "digits.Digits"),
+    "cifar10": Source(("cifar10", "cifar10:test"), "cifar10.Cifar10"),
     "emoji": Source(("emoji", "emoji:WORDS"), "emoji.emoji_called"),
     "synthetic": Source(("synthetic",), "synthetic.Synthetic"),
     "folder": Source(("folder:PATH",), "folder.ImageFolder"),
@@ -70,6 +71,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submodules=["captions", "emoji", "folder", "imagenet", "pictures", "prepared", "shapes"],
     submod_attrs={
         "captions": ["CaptionFolder", "CaptionShards"],
+        "cifar10": ["Cifar10"],
         "dataset": ["ImageDataset", "cache_folder", "to_float", "to_uint8"],
         "digits": ["Digits"],
         "emoji": ["Emoji"],
