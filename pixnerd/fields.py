@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from .encodings import Encoding, coordinate_table, encoding_features
 from .encodings import dct_encoding as dct_encoding
 from .encodings import sincos_encoding as sincos_encoding
-from .layers import RMSNorm, at_least_float32
-from .model_config import WeightNorm
+from .layers import RMSNorm, at_least_float32, modulate
+from .model_config import FieldWeights, WeightNorm
 
 PATCHES_PER_PIECE = 1024  # the backward pass recomputes the field of this many patches at a time
 L2_EPS = 1e-12
@@ -52,10 +52,32 @@ class FieldBlock(nn.Module):
         return torch.baddbmm(h, F.silu(torch.bmm(self.norm(h), fc1)), fc2)
 
 
+class SharedFieldBlock(nn.Module):
+    """h += γ·W₂ SiLU(W₁(RMSNorm(h)·(1 + β) + α)) for each pixel: one network for all patches.
+
+    A patch's condition gives only the vectors α, β and γ (adaLN), zero at the start: the block of DeCo's pixel decoder
+    (arXiv 2511.19365, section 3.2).
+    """
+
+    def __init__(self, condition_width: int, width: int, ratio: int):
+        super().__init__()
+        self.norm = RMSNorm(width)
+        self.fc1 = nn.Linear(width, ratio * width)
+        self.fc2 = nn.Linear(ratio * width, width)
+        self.modulation = nn.Linear(condition_width, 3 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, h: Tensor, s: Tensor) -> Tensor:
+        """h [M, K, W] pixels' features, s [M, D] patches' conditions → [M, K, W]."""
+        shift, scale, gate = self.modulation(s)[:, None].chunk(3, dim=-1)  # [M, 1, W] each
+        return torch.addcmul(h, gate, self.fc2(F.silu(self.fc1(modulate(self.norm(h), shift, scale)))))
+
+
 class NeuralFieldHead(nn.Module):
     """Per pixel: concat(noisy values, coordinate encoding) → shared Linear → field blocks → RMSNorm → shared Linear.
 
-    The last Linear starts at zero, so an untrained model predicts zero.
+    The last Linear starts at zero, so an untrained model predicts zero. For the switches see ModelConfig.
     """
 
     def __init__(
@@ -68,11 +90,17 @@ class NeuralFieldHead(nn.Module):
         encoding: Encoding = "dct",
         weight_norm: WeightNorm = "fc1+fc2",
         output_norm: bool = True,
+        field_weights: FieldWeights = "generated",
+        field_pixels: bool = True,
     ):
         super().__init__()
-        self.channels, self.encoding = channels, encoding
-        self.embed = nn.Linear(channels + encoding_features(encoding), width)
-        self.blocks = nn.ModuleList(FieldBlock(condition_width, width, ratio, weight_norm) for _ in range(blocks))
+        self.values, self.encoding = channels if field_pixels else 0, encoding
+        self.embed = nn.Linear(self.values + encoding_features(encoding), width)
+        if field_weights == "generated":
+            made = (FieldBlock(condition_width, width, ratio, weight_norm) for _ in range(blocks))
+        else:
+            made = (SharedFieldBlock(condition_width, width, ratio) for _ in range(blocks))
+        self.blocks = nn.ModuleList(made)
         self.norm = RMSNorm(width) if output_norm else nn.Identity()
         self.out = nn.Linear(width, channels)
         nn.init.zeros_(self.out.weight)
@@ -80,9 +108,9 @@ class NeuralFieldHead(nn.Module):
 
     def decode(self, pixels: Tensor, s: Tensor, table: Tensor) -> Tensor:
         """pixels [M, K, C], conditions s [M, D] and the shared coordinate table [K, F] → [M, K, C]."""
-        of_values, of_coordinates = self.embed.weight.split((self.channels, table.shape[1]), dim=1)
+        of_values, of_coordinates = self.embed.weight.split((self.values, table.shape[1]), dim=1)
         shared = F.linear(table, of_coordinates, self.embed.bias)  # [K, W]: one table serves all patches
-        h = F.linear(pixels, of_values) + shared  # [M, K, W]
+        h = F.linear(pixels, of_values) + shared if self.values else shared.expand(len(pixels), -1, -1)  # [M, K, W]
         for block in self.blocks:
             h = block(h, s)
         return self.out(self.norm(h))

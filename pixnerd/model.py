@@ -31,6 +31,26 @@ def velocity_from_image(image: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     return (image - x_t) / (1 - t).clamp(min=MIN_REMAINING_TIME).view(-1, 1, 1, 1)
 
 
+class ScalarSkip(nn.Module):
+    """a·x_t + b·output, where a and b are one linear function of the time embedding; a = 0 and b = 1 at the start.
+
+    With velocity prediction, −x_t/(1 − t) is all that the output has to know of the noise: given a(t), a head that does
+    not see the pixels needs to carry only the image. Source: arXiv 2609.33895.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.scales = nn.Linear(width, 2)
+        nn.init.zeros_(self.scales.weight)
+        with torch.no_grad():
+            self.scales.bias.copy_(torch.tensor([0.0, 1.0]))
+
+    def forward(self, output: Tensor, x: Tensor, time: Tensor) -> Tensor:
+        """output and x [B, C, H, W], time embedding [B, D] → [B, C, H, W]."""
+        of_x, of_output = self.scales(time)[:, :, None, None, None].unbind(1)  # [B, 1, 1, 1] each
+        return of_x * x + of_output * output
+
+
 class PatchDenoiser(nn.Module):
     """What the class-conditional and the text-to-image network share: patch embedding, blocks, a head for each patch.
 
@@ -58,9 +78,12 @@ class PatchDenoiser(nn.Module):
                 config.encoding,
                 config.weight_norm,
                 config.output_norm,
+                config.field_weights,
+                config.field_pixels,
             )
         else:
             self.head = LinearHead(width, channels, patch_size)
+        self.skip = ScalarSkip(width) if config.skip else None
         nn.init.xavier_uniform_(self.patch_embed.weight)
         nn.init.zeros_(self.patch_embed.bias)
 
@@ -104,6 +127,8 @@ class PatchDenoiser(nn.Module):
         patch = x.shape[2] // rows, x.shape[3] // columns
         pixels = self.head(pixels, s, patch, self.training and self.recompute != "none")
         out = rearrange(pixels, "(b h w) (p q) c -> b c (h p) (w q)", h=rows, w=columns, p=patch[0])
+        if self.skip is not None:
+            out = self.skip(out, x, time)
         v = out if self.config.prediction == "v" else velocity_from_image(out, x, t)
         return v if tap is None else (v, tapped)
 

@@ -11,6 +11,7 @@ from .encodings import Encoding
 from .errors import InputError
 
 WeightNorm = Literal["none", "fc1", "fc1+fc2"]
+FieldWeights = Literal["generated", "shared"]
 Prediction = Literal["v", "x"]
 Recompute = Literal["none", "head", "all"]  # what the backward pass recomputes, see model.PatchDenoiser
 
@@ -39,7 +40,7 @@ class ModelConfig:
     field_width: Count = 64
     """channels per pixel inside the field"""
     field_blocks: Count = 2
-    """field blocks, each with generated weights"""
+    """field blocks"""
     field_ratio: Count = 2
     """hidden width of a field block / field width"""
     encoding: Encoding = "dct"
@@ -48,6 +49,14 @@ class ModelConfig:
     """which generated matrices are scaled to unit fan-in norm"""
     output_norm: bool = True
     """RMSNorm before the field's last Linear"""
+    field_weights: FieldWeights = "generated"
+    """where a field block's weights come from: generated for each patch, as published, or shared by all patches, whose
+    condition then only shifts, scales and gates (adaLN), as in DeCo's pixel decoder (arXiv 2511.19365)"""
+    field_pixels: bool = True
+    """the field sees each pixel's noisy value; without, only its coordinates: the token has to carry the noise"""
+    skip: bool = False
+    """for any head: output = a·x_t + b·(the head's output) with a and b learned functions of t alone, which spares the
+    token the noise (arXiv 2609.33895)"""
     prediction: Prediction = "v"
     """what the network's last layer predicts: the velocity x − ε, or the clean image x"""
 
@@ -58,6 +67,8 @@ class ModelConfig:
                 f"model.width {self.width} over {self.heads} heads is {self.width / self.heads:g} channels per head; "
                 "2-D rotary positions need a multiple of 4"
             )
+        if self.head == "field" and not self.field_pixels and self.encoding == "none":
+            raise InputError("model.field_pixels is False and model.encoding is none; the field has to see one of them")
         check_image_size(self, self.image_size, self.image_size)
 
 

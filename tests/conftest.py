@@ -28,6 +28,13 @@ SWITCHES = {
     "linear head": {"head": "linear"},
     "image prediction": {"prediction": "x"},
     "grey, patch 8": {"channels": 1, "patch_size": 8},
+    "shared field weights": {"field_weights": "shared"},
+    "shared weights, wide field": {"field_weights": "shared", "field_width": 12, "field_ratio": 3},
+    "no pixels": {"field_pixels": False},
+    "no pixels, shared": {"field_pixels": False, "field_weights": "shared"},
+    "skip": {"skip": True},
+    "skip, linear head": {"skip": True, "head": "linear"},
+    "skip, image prediction": {"skip": True, "prediction": "x"},
     "text-to-image field": {"encoding": "sincos", "weight_norm": "fc1", "output_norm": False},
 }
 

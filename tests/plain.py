@@ -71,7 +71,7 @@ def field_of_patch(weights: Weights, config: ModelConfig, pixels: Tensor, s: Ten
     """One patch: noisy pixels [K, C] and condition s [D] → [K, C], with loops over pixels and units."""
     w, hidden = config.field_width, config.field_ratio * config.field_width
     matrices = []
-    for block in range(config.field_blocks):
+    for block in range(config.field_blocks if config.field_weights == "generated" else 0):
         flat = linear(weights, f"head.blocks.{block}.generator", s)
         fc1 = flat[: w * hidden].reshape(w, hidden)
         fc2 = flat[w * hidden :].reshape(hidden, w)
@@ -83,7 +83,10 @@ def field_of_patch(weights: Weights, config: ModelConfig, pixels: Tensor, s: Ten
     decoded = []
     for k in range(height * width):
         coordinates = encode_coordinate(config.encoding, k // width, k % width, height, width)
-        h = linear(weights, "head.embed", torch.cat((pixels[k], pixels.new_tensor(coordinates))))
+        seen = pixels[k] if config.field_pixels else pixels[k][:0]
+        h = linear(weights, "head.embed", torch.cat((seen, pixels.new_tensor(coordinates))))
+        for block in range(config.field_blocks if config.field_weights == "shared" else 0):
+            h = h + shared_block(weights, f"head.blocks.{block}", h, s)
         for block, (fc1, fc2) in enumerate(matrices):
             normed = rms_norm(h, weights[f"head.blocks.{block}.norm.weight"])
             inner = torch.stack([silu((fc1[:, j] * normed).sum()) for j in range(hidden)])
@@ -92,6 +95,13 @@ def field_of_patch(weights: Weights, config: ModelConfig, pixels: Tensor, s: Ten
             h = rms_norm(h, weights["head.norm.weight"])
         decoded.append(linear(weights, "head.out", h))
     return torch.stack(decoded)
+
+
+def shared_block(weights: Weights, name: str, h: Tensor, s: Tensor) -> Tensor:
+    """What a block with shared weights adds to features h [..., W], given conditions s [..., D]."""
+    shift, scale, gate = linear(weights, f"{name}.modulation", s).chunk(3, dim=-1)
+    inner = silu(linear(weights, f"{name}.fc1", rms_norm(h, weights[f"{name}.norm.weight"]) * (1 + scale) + shift))
+    return gate * linear(weights, f"{name}.fc2", inner)
 
 
 # --- the full network -----------------------------------------------------------------------------------------------
@@ -139,8 +149,12 @@ def field_head(weights: Weights, config: ModelConfig, pixels: Tensor, s: Tensor)
     """All patches at once: pixels [M, K, C], s [M, D] → [M, K, C], coordinates materialised for every patch."""
     side, w, hidden = config.patch_size, config.field_width, config.field_ratio * config.field_width
     coordinates = pixels.new_tensor(encode_patch(config.encoding, side)).repeat(len(pixels), 1, 1)
-    h = linear(weights, "head.embed", torch.cat((pixels, coordinates), dim=-1))
+    seen = pixels if config.field_pixels else pixels[..., :0]
+    h = linear(weights, "head.embed", torch.cat((seen, coordinates), dim=-1))
     for block in range(config.field_blocks):
+        if config.field_weights == "shared":
+            h = h + shared_block(weights, f"head.blocks.{block}", h, s[:, None, :])
+            continue
         flat = linear(weights, f"head.blocks.{block}.generator", s)
         fc1 = flat[:, : w * hidden].reshape(-1, w, hidden)
         fc2 = flat[:, w * hidden :].reshape(-1, hidden, w)
@@ -173,6 +187,9 @@ def network(weights: Weights, config: ModelConfig, x: Tensor, t: Tensor, labels:
         decoded = field_head(weights, config, pixels, s)
     decoded = decoded.reshape(batch, rows, columns, side, side, channels).permute(0, 5, 1, 3, 2, 4)
     out = decoded.reshape(batch, channels, height, width)
+    if config.skip:
+        scales = linear(weights, "skip.scales", time)
+        out = scales[:, 0, None, None, None] * x + scales[:, 1, None, None, None] * out
     if config.prediction == "x":
         out = (out - x) / (1 - t)[:, None, None, None]
     return out

@@ -14,7 +14,8 @@ from .conftest import SWITCHES, TINY, randomised
 
 CPU = torch.device("cpu")
 FIELD_SWITCHES = {name: switch for name, switch in SWITCHES.items() if switch.keys() <= {
-    "field_blocks", "field_width", "field_ratio", "encoding", "weight_norm", "output_norm", "channels", "patch_size"
+    "field_blocks", "field_width", "field_ratio", "encoding", "weight_norm", "output_norm", "channels", "patch_size",
+    "field_weights", "field_pixels"
 }}  # fmt: skip
 
 
@@ -28,6 +29,8 @@ def field_head(config, condition_width=10):
         config.encoding,
         config.weight_norm,
         config.output_norm,
+        config.field_weights,
+        config.field_pixels,
     )
     return randomised(head).double()
 
