@@ -51,7 +51,8 @@ class LossWindow:
         return bad[0] if bad else None
 
     def summary(self, world: World) -> dict[str, Any]:
-        """loss, gradient_norm, the other terms by name, and loss_by_t: ten means, None for a tenth without images.
+        """loss, gradient_norm and the largest one, the other terms by name, and loss_by_t: ten means, None for a tenth
+        without images.
 
         Every process has to call it.
         """
@@ -61,6 +62,7 @@ class LossWindow:
         total = torch.bincount(tenth, per_image.double(), minlength=10)
         by_t = [round(float(a / n), 6) if n else None for a, n in zip(total, count, strict=True)]
         means = {"loss": torch.stack(self.losses).mean(), "gradient_norm": torch.stack(self.norms).mean()}
+        means["largest_gradient_norm"] = torch.stack(self.norms).max()
         means |= {name: world.mean(torch.stack(values).mean()) for name, values in self.terms.items()}
         return {**{name: float(value) for name, value in means.items()}, "loss_by_t": by_t}
 

@@ -1,0 +1,240 @@
+"""What a study measures of a trained run: velocity errors, samples, training and cost, kept in metrics.json.
+
+Everything random is shared by all runs (the held-out images, their noise and times, the noise that sampling starts
+from), so a difference between two runs is paired and almost free of sampling noise.
+
+Dimension letters: N images, C channels, H × W pixels.
+"""
+
+import dataclasses
+import statistics
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from .. import cost, data, flow, frozen
+from ..conditions import Conditions, model_conditions
+from ..config import EvaluationConfig, SamplingConfig
+from ..data import ImageDataset, Shapes
+from ..distributed import World, join
+from ..errors import InputError
+from ..evaluation import Samples
+from ..files import replacing
+from ..metrics.features import REFERENCES, collect, compare, own_batches, reference_features
+from ..metrics.images import open_images
+from ..metrics.nearest import digit_agreement
+from ..metrics.scenes import score_scenes
+from ..metrics.softened import ClassVote, sharpness, soften
+from ..metrics.statistics import retrieval_ranks
+from ..model import PatchDenoiser
+from ..model_source import ModelSource, find_model
+from ..runs import Run
+from ..sampling import sample_noise
+from .wanted import Measures
+
+NETWORK = "efficientnet"
+SEED = 2020  # of what all runs share
+SHEET = 16  # samples on a sheet
+CAPTIONS = 64  # pictures among which a caption's own has to be the nearest
+SPIKE = 3  # a gradient norm this many times the median is a spike
+
+
+def measure(
+    run: Run, wanted: Measures, sampling: SamplingConfig | None = None, into: Run | None = None
+) -> dict[str, Any]:
+    """Measure a trained run and keep the result as "study" in metrics.json, with sixteen samples in sheet.webp.
+
+    Args:
+        run: a run trained to its end.
+        wanted: what to measure.
+        sampling: how to sample; by default as the run's configuration says.
+        into: the run that keeps the result; by default the measured one. Features of real images are cached beside it.
+
+    Returns:
+        "wanted" and "sampling", the settings; "scores", numbers by name; "error_by_t", ten numbers.
+
+    Raises:
+        InputError: the run has no checkpoint, or the data cannot be used.
+    """
+    world, config, into = join(), run.config(), into or run
+    sampling = sampling or config.sampling
+    source = find_model(run.folder).settled()
+    model = source.load("ema", world.device)
+    conditions = model_conditions(model, config, world.device)
+    images = data.load(wanted.errors_on or config.data, config.model.image_size)
+    by_t = velocity_errors(model, images, conditions, wanted.errors, wanted.batch_size)
+    scores = {"velocity_error": statistics.fmean(by_t)}
+    if wanted.samples:
+        scores |= sample_scores(source, model, wanted, sampling, into, world)
+    if wanted.unguided:
+        plain = dataclasses.replace(sampling, guidance=1.0)
+        pixels, samples = draw(source, model, wanted, plain, wanted.unguided, world)
+        if (agreement := asked_for(pixels, samples, config.data)) is not None:
+            scores["unguided_agreement"] = agreement
+    scores |= training_figures(run) | costs(model, run)
+    found = {"wanted": dataclasses.asdict(wanted), "sampling": dataclasses.asdict(sampling)}
+    found |= {"scores": {name: round(value, 6) for name, value in scores.items()}}
+    found |= {"error_by_t": [round(value, 6) for value in by_t]}
+    into.save_metrics({"study": found})
+    return found
+
+
+@torch.no_grad()
+def velocity_errors(
+    model: PatchDenoiser, images: ImageDataset, conditions: Conditions, count: int, batch_size: int
+) -> list[float]:
+    """mean((v̂ − v)²) in each tenth of t, over the same images, noise and times for every model.
+
+    Args:
+        model: the network, conditioned on what each image is.
+        images: `count` of them are used, all if there are fewer, chosen at random but always the same.
+        conditions: what the model is told.
+        count: number of images.
+        batch_size: images per batch.
+
+    Raises:
+        InputError: the images have other classes than the model, or no captions that a text model needs.
+    """
+    device, config = model.patch_embed.weight.device, model.config
+    if model.num_classes not in (None, images.num_classes):
+        raise InputError(f"the model knows {model.num_classes} classes; the images have {images.num_classes}")
+    if conditions.subject == "prompt" and not images.captions:
+        raise InputError("a text model's velocity errors need images with captions")
+    generator = torch.Generator().manual_seed(SEED)
+    chosen = torch.randperm(len(images), generator=generator)[:count]
+    within = torch.rand(10, len(chosen), generator=generator)  # the place of each time in its tenth
+    totals = torch.zeros(10, dtype=torch.float64)
+    shape = config.channels, config.image_size, config.image_size
+    for part in torch.arange(len(chosen)).split(batch_size):
+        indices = chosen[part].tolist()
+        pixels, labels = images.batch(indices)
+        x = data.to_float(pixels).to(device)
+        subjects = [images.captions[i][0] for i in indices] if conditions.subject == "prompt" else labels.tolist()
+        condition = conditions.encode(subjects).to(device)
+        for tenth in range(10):
+            noise = sample_noise(shape, indices, SEED, tenth).to(device)
+            t = ((tenth + within[tenth, part]) / 10).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                v = model(flow.interpolate(x, noise, t), t, condition)
+            totals[tenth] += flow.mean_square(v.float() - flow.velocity(x, noise)).double().sum().cpu()
+    return (totals / len(chosen)).tolist()
+
+
+def draw(
+    source: ModelSource, model: PatchDenoiser, wanted: Measures, sampling: SamplingConfig, count: int, world: World
+) -> tuple[Tensor, Samples]:
+    """Sample `count` images: uint8 [N, 3, H, W], and what they were asked to show."""
+    settings = EvaluationConfig(
+        str(source.run.folder), wanted.reference, draw=count, sampling=sampling, batch_size=wanted.batch_size
+    )
+    samples = Samples(settings, source, world, model)
+    return torch.cat([pixels.cpu() for _, pixels in samples.batches()]), samples
+
+
+def sample_scores(
+    source: ModelSource,
+    model: PatchDenoiser,
+    wanted: Measures,
+    sampling: SamplingConfig,
+    into: Run,
+    world: World,
+) -> dict[str, float]:
+    """Samples against real images: features of both as they are and softened, sharpness, and what they show."""
+    pixels, samples = draw(source, model, wanted, sampling, wanted.samples, world)
+    with replacing(into.folder / "sheet.webp") as path:
+        save_sheet(pixels[:SHEET], path)
+    network = frozen.load(NETWORK, world.device)
+    real_images = open_images(samples.reference, samples.image_size)
+    scores, features = {}, {}
+    for way, change in {"": lambda images: images, "softened_": soften}.items():
+
+        def pooled(images: Tensor, change=change) -> dict[str, Tensor]:
+            return network.pooled(change(images))
+
+        name = f"{way.replace('_', '-')}{NETWORK}"
+        real = reference_features(
+            pooled, name, samples.reference, samples.image_size, wanted.batch_size, world, into.folder.parent
+        )
+        batches = ((start, pixels[start : start + 64]) for start in range(0, len(pixels), 64))
+        found = collect(pooled, batches, len(pixels), world)
+        for score, value in compare(real, found, network.measure, world.device).items():
+            scores[f"{way}{score.removesuffix(f'-{network.measure}').lower()}"] = value
+        features[way] = real.rows["pool"], found.rows["pool"]
+    real_sharpness = [sharpness(batch) for _, batch in own_batches(real_images, 256, world)]
+    scores["sharpness"] = sharpness(pixels) / statistics.fmean(real_sharpness)
+    if (agreement := asked_for(pixels, samples, source.config(model).data)) is not None:
+        scores["agreement"] = agreement
+    return scores | feature_agreement(features, samples)
+
+
+def asked_for(pixels: Tensor, samples: Samples, trained_on: str) -> float | None:
+    """The share of samples uint8 [N, 3, H, W] that show what was asked for, where pixels alone decide: digits, and
+    scenes of shapes from captions; None for a model trained on other data."""
+    if trained_on == "digits":
+        return digit_agreement(pixels, samples.labels)
+    if samples.reference.startswith("shapes") and samples.conditions.subject == "prompt":
+        dataset: Shapes = data.load(samples.reference, samples.image_size)
+        return score_scenes(pixels, [dataset.scenes[label] for label in samples.labels.tolist()]).overall
+    return None
+
+
+def feature_agreement(features: dict[str, tuple[Tensor, Tensor]], samples: Samples) -> dict[str, float]:
+    """What features say of the condition: a vote on the class, or whether a caption's own picture is the nearest.
+
+    features: of real images and of samples, [N, F] each, as they are ("") and softened ("softened_").
+    """
+    dataset = data.open_data_set(samples.reference, samples.image_size)
+    if len(dataset) > REFERENCES:  # features of a part of the images alone were kept
+        return {}
+    scores = {}
+    if samples.conditions.subject == "class":
+        vote = ClassVote(features[""][0], features["softened_"][0], dataset.labels)
+        for way, (_, found) in features.items():
+            scores[f"{way}class_agreement"] = vote.agreement(found, samples.labels)
+        return scores
+    for way, (real, found) in features.items():
+        own = real[samples.labels]
+        ranks = [
+            retrieval_ranks(*pair) for pair in zip(found.split(CAPTIONS), own.split(CAPTIONS), strict=True)
+        ]  # the last part may have fewer captions
+        whole = ranks[: len(found) // CAPTIONS] or ranks
+        scores[f"{way}retrieval"] = float((torch.cat(whole) == 0).double().mean())
+    return scores
+
+
+def training_figures(run: Run) -> dict[str, float]:
+    """From log.jsonl: loss and gradient norm over the last tenth of the log, spikes of the norm, seconds a step."""
+    log, batch_size = run.read_log(), run.config().batch_size
+    if not log:
+        return {}
+    last = log[-max(1, len(log) // 10) :]
+    norms = [entry["gradient_norm"] for entry in log]
+    usual = statistics.median(norms)
+    return {
+        "loss": statistics.fmean(entry["loss"] for entry in last),
+        "gradient_norm": statistics.fmean(norms[-len(last) :]),
+        "gradient_spikes": sum(entry.get("largest_gradient_norm", 0) > SPIKE * usual for entry in log),
+        "seconds_per_step": batch_size / statistics.median(entry["images_per_second"] for entry in log),
+    }
+
+
+def costs(model: PatchDenoiser, run: Run) -> dict[str, float]:
+    """Parameters in millions, arithmetic of a training step in GFLOP an image, and activations kept, MiB an image."""
+    config = run.config()
+    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    kept = cost.saved_activation_bytes(model, config.model.image_size, config.recompute, dtype)
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+        "step_gflop": cost.step_flops(model, config.model.image_size, config.recompute) / 1e9,
+        "activations_mib": kept / 2**20,
+    }
+
+
+def save_sheet(images: Tensor, path: Any) -> None:
+    """Write images uint8 [16, 3, H, W] as a grid of 4 × 4, lossless."""
+    from PIL import Image
+
+    grid = make_grid(images, nrow=4, padding=1, pad_value=128)
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path, "WEBP", lossless=True)
