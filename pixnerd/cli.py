@@ -26,11 +26,11 @@ from .checks import Count, Index, Positive, check_fields
 from .config import EvaluationConfig, SamplingConfig, TrainConfig
 from .errors import InputError, NonFiniteLoss
 from .files import check_output_file, make_folder, replacing
-from .launch import STOPPED
 from .model_config import SIZES
 from .model_source import own_sampling
 from .recipes import RECIPES
 from .runs import Run
+from .signals import STOPPED
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation
@@ -63,34 +63,11 @@ class Train(Command):
     """use a named model size; --model.* flags override it"""
 
     def run(self) -> None:
-        import threading
-
-        from tqdm import tqdm
-
         from .distributed import join, leave
-        from .training import train
-        from .training.batches import STOP_SIGNALS
+        from .training.interruptible import train_until_stopped
 
-        stop, world = threading.Event(), join()
-
-        def request_stop(number: int, _: object) -> None:
-            if number == signal.SIGINT and stop.is_set() and world.size == 1:
-                raise KeyboardInterrupt  # pressed twice: do not wait for the step's end
-            stop.set()
-
-        records, last = train(self.config), self.config.steps
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does with SIGHUP
-                signal.signal(number, request_stop)
-        with tqdm(total=last, unit="step", mininterval=1, disable=not world.leads) as bar:
-            for record in records:
-                if record.step < last and world.any(stop.is_set()):  # all have to stop at the same step
-                    records.close()  # writes a checkpoint
-                    last = record.step
-                    break
-                bar.update(record.step - bar.n)
-                if record.step % self.config.log_every == 0:
-                    bar.set_postfix(loss=f"{float(record.loss):.4f}")
+        world = join()
+        last = train_until_stopped(self.config, world)
         leave()
         if last < self.config.steps:
             with contextlib.suppress(OSError):  # after SIGHUP there is no terminal to print on

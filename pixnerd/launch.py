@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from .errors import InputError
+from .signals import STOPPED
 
-STOPPED = 75  # exit code of a training run that a signal ended early: EX_TEMPFAIL of <sysexits.h>, "try again"
 GRACE = 600  # seconds to exit after an interrupt: the largest model's checkpoint has 19 GB
 TAIL = 20  # last lines of output that an error quotes
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -47,7 +47,7 @@ def launch(arguments: Sequence[str], processes: int = 1) -> Iterator[str]:
         errors="replace",
         env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
         start_new_session=True,  # a notebook interrupts its process group, and a second interrupt would break the save
-        preexec_fn=_end_with_parent() if sys.platform == "linux" else None,
+        preexec_fn=end_with_parent() if sys.platform == "linux" else None,
     )
     tail: deque[str] = deque(maxlen=TAIL)
     try:
@@ -60,10 +60,10 @@ def launch(arguments: Sequence[str], processes: int = 1) -> Iterator[str]:
         _stop(process)
         process.stdout.close()
     if code == 2:
-        raise InputError(_sentence(tail))
+        raise InputError(sentence(tail))
     if code:
         command, lines = " ".join(["pixnerd", *arguments]), "\n  ".join(tail)
-        raise LaunchError(f"`{command}` {_ending(code)}; its last lines:\n  {lines}")
+        raise LaunchError(f"`{command}` {ending(code)}; its last lines:\n  {lines}")
 
 
 def torchrun() -> None:
@@ -87,7 +87,7 @@ def torchrun() -> None:
         sys.exit(STOPPED)
 
 
-def _end_with_parent() -> Callable[[], None]:
+def end_with_parent() -> Callable[[], None]:
     """What a child runs between fork and exec, when only code that is already loaded may be used."""
     prctl, parent = ctypes.PyDLL(None).prctl, os.getpid()
 
@@ -115,13 +115,14 @@ def _stop(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def _sentence(tail: Sequence[str]) -> str:
+def sentence(tail: Sequence[str]) -> str:
     """The sentence of a command that refused its input, or the text in the frame that tyro prints for a wrong flag."""
     ours = [line.removeprefix("pixnerd: ") for line in tail if line.startswith("pixnerd: ")]
     return ours[-1] if ours else " ".join(line.strip("│ ") for line in tail if "──" not in line)
 
 
-def _ending(code: int) -> str:
+def ending(code: int) -> str:
+    """How a process with this exit code ended, as the rest of a sentence."""
     if code == STOPPED:
         return "was stopped by a signal before its end, and resumes when it is given again"
     return f"ended with exit code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"

@@ -323,10 +323,10 @@ def read_speeds(source: ImageDataset, copy: Copy, images: int = 200) -> Speeds:
                     "prepare the data set again in another folder"
                 )
     speeds = len(chosen) / seconds
-    return Speeds(len(chosen), float(speeds[0]), float(speeds[1]), _machine())
+    return Speeds(len(chosen), float(speeds[0]), float(speeds[1]), machine())
 
 
-def _machine() -> str:
+def machine() -> str:
     """Cores and processor of this machine, as far as the system reports them."""
     about = Path("/proc/cpuinfo")
     named = re.search(r"^model name\s*:\s*(.+)$", about.read_text(), re.MULTILINE) if about.is_file() else None

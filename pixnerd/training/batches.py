@@ -25,11 +25,9 @@ from ..data import ImageDataset
 from ..distributed import World
 from ..errors import InputError
 from ..randomness import Purpose, derived_seed, generator, normal, permuted, random_bits, uniform
+from ..signals import STOP_SIGNALS
 
 LISTED = 2**22  # images; the order of a larger data set is computed image by image, a list would fill every worker
-
-# what asks a program to stop: Ctrl-C, a cluster before it takes a machine away, a closed terminal
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 SHARED_MEMORY = Path("/dev/shm")  # through which Linux processes hand tensors to one another
 PREFETCH = 2  # batches that each process loads ahead
 
