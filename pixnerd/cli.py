@@ -1,4 +1,4 @@
-"""The command line: pixnerd train | sample | evaluate | convert | data | prepare | plan.
+"""The command line: pixnerd train | sample | evaluate | convert | data | prepare | plan | sweep.
 
 A command consists of its flags and a few calls. torch is imported only when a command runs, so --help and a refused
 flag need not wait for it. Invalid input ends with one sentence on standard error and exit code 2.
@@ -99,10 +99,7 @@ class Plan(Train):
         found = plan_run(config, self.gpus)
         parameters = sum(parameter.numel() for parameter in found.model.parameters())
         print(f"{parameters / 1e6:.1f} million parameters, {config.model.image_size} pixels, GiB on each GPU:")
-        rows = memory_table(found, self.card_gib)
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            print("  " + "  ".join(entry.rjust(width) for entry, width in zip(row, widths, strict=True)))
+        _print_table(memory_table(found, self.card_gib))
         print(advice(found, self.card_gib))
         print(hours_line(found, self.rate))
 
@@ -299,7 +296,72 @@ class Prepare(Command):
         print(f"prepared: {len(copy.images)} images in {self.out}; train on them with: --data prepared:{self.out}")
 
 
-AnyCommand = Train | Sample | Evaluate | Convert | Data | Prepare | Plan
+@dataclass(frozen=True)
+class Sweep(Command):
+    """Make the runs of a study (notebooks/studies.md), each trained and measured in a process of its own.
+
+    The same command goes on where it was stopped. It leaves alone what is done, what another process makes, and what
+    failed before. Exit code 1 if a run failed, 75 if a signal ended the sweep.
+    """
+
+    study: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STUDY")]
+    """the study, a YAML file"""
+    index: tuple[Index, ...] = ()
+    """only the runs of these numbers, see --list; a single one is made in this process"""
+    jobs: Count = 1
+    """how many runs at a time"""
+    out: Path | None = None
+    """folder of the runs; by default runs/STUDY"""
+    retry: bool = False
+    """also make what failed before"""
+    list: bool = False
+    """make nothing: say how far each run is"""
+    record: bool = False
+    """make nothing: write the figures of the runs that are done into data/ablations/STUDY"""
+    compare: str = ""
+    """make nothing: say how the measures differ between the values of this axis, from the runs or from the record"""
+
+    def run(self) -> None:
+        from .studies.compare import table
+        from .studies.record import stored_rows, write_record
+        from .studies.study import expand, read_study
+        from .studies.sweep import carry_out, check_folders, status_of, sweep
+
+        if self.list + self.record + bool(self.compare) > 1:
+            raise InputError("list, record and compare are three commands: give one of them")
+        if self.index and (self.record or self.compare):
+            raise InputError("index names runs to make or to list; record and compare take all that are done")
+        study = read_study(self.study)
+        out = self.out or Path("runs", study.name)
+        if self.compare:
+            _print_table(table(stored_rows(study, out), self.compare))
+            return
+        plan = expand(study, out)
+        if beyond := [index for index in self.index if index >= len(plan)]:
+            raise InputError(f"index is {beyond[0]}; study {study.name} has the runs 0 … {len(plan) - 1}")
+        check_folders(study, plan, out)
+        chosen = [plan[index] for index in dict.fromkeys(self.index)] or plan
+        if self.list:
+            _print_table([["run", "state", "why"], *([run.folder.name, *status_of(run)] for run in chosen)], "<")
+        elif self.record:
+            print(f"recorded: {write_record(self.study, study, plan)}")
+        elif len(chosen) > 1 or not self.index:
+            sys.exit(sweep(self.study, chosen, out, self.jobs, self.retry))
+        else:
+            state, why = carry_out(study, chosen[0], self.retry)
+            print(f"{chosen[0].folder}: {state}{': ' * bool(why)}{why}")
+            sys.exit(int(state == "failed"))
+
+
+def _print_table(rows: Sequence[Sequence[str]], side: str = ">") -> None:
+    """Print rows of text as columns, aligned to the left (<) or the right (>)."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (f"{entry:{side}{width}}" for entry, width in zip(row, widths, strict=True))
+        print(f"  {'  '.join(cells)}".rstrip())
+
+
+AnyCommand = Train | Sample | Evaluate | Convert | Data | Prepare | Plan | Sweep
 
 
 def parse(arguments: Sequence[str]) -> AnyCommand:
@@ -322,7 +384,7 @@ def parse(arguments: Sequence[str]) -> AnyCommand:
 def _parse(arguments: Sequence[str], defaults: dict[str, AnyCommand]) -> AnyCommand:
     """The command with its flags; `defaults` holds the default values of some commands."""
     commands = {"train": Train, "sample": Sample, "evaluate": Evaluate, "convert": Convert, "data": Data}
-    commands |= {"prepare": Prepare, "plan": Plan}
+    commands |= {"prepare": Prepare, "plan": Plan, "sweep": Sweep}
     kinds = []
     for name, kind in commands.items():
         options = {"default": defaults[name]} if name in defaults else {}

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # most of a run's files need no torch
 CHANGEABLE = {"out", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every"}
 CHANGEABLE |= {"accumulate", "compile", "deterministic", "recompute", "shard", "workers"}
 CHANGEABLE |= {f"sampling.{field.name}" for field in dataclasses.fields(SamplingConfig)}
+SWEEP = "sweep"  # folder in a run's folder that belongs to the study which the run is part of
 CONTENTS = {"model_content", "reference_content"}  # of an evaluation's settings: hashes
 
 
@@ -61,8 +62,10 @@ class Run:
                     "choose another output folder, or resume it with the same settings"
                 )
             self.check_classes(classes)
-        elif self.folder.exists() and any(path.suffix != ".ipynb" for path in self.folder.iterdir()):
-            # papermill writes the running notebook there before the run begins
+        elif self.folder.exists() and any(
+            path.suffix != ".ipynb" and path.name != SWEEP for path in self.folder.iterdir()
+        ):
+            # papermill writes the running notebook there before the run begins, and a sweep its own files
             raise InputError(f"{self.folder} is not empty and holds no run: choose another output folder")
         make_folder(self.folder)
         make_folder(self.checkpoints)

@@ -176,7 +176,7 @@ def test_nothing_there(tmp_path, capsys):
     assert "holds no run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "convert", "data", "prepare"])
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "convert", "data", "prepare", "sweep"])
 def test_every_command_explains_itself(command, capsys):
     assert run(command, "--help") == 0
     out = capsys.readouterr().out

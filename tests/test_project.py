@@ -127,7 +127,7 @@ HEAVY |= {"matplotlib", "transformers", "scipy", "sklearn", "tqdm.notebook"}
     "arguments",
     [
         ["--help"],
-        *([command, "--help"] for command in ("train", "sample", "evaluate", "convert", "data", "prepare")),
+        *([command, "--help"] for command in ("train", "sample", "evaluate", "convert", "data", "prepare", "sweep")),
         ["train", "--stepz", "3"],
         ["train", "--steps", "0"],
         ["train", "--recipe", "magic"],

@@ -17,8 +17,8 @@ import psutil
 from safetensors import deserialize
 
 from pixnerd.checkpoints import newest_checkpoint
-from pixnerd.launch import STOPPED
 from pixnerd.runs import Run
+from pixnerd.signals import STOPPED
 
 EVERY = 3  # steps between checkpoints
 

@@ -16,8 +16,8 @@ from safetensors import deserialize
 
 from pixnerd import InputError, load
 from pixnerd.distributed import World, join
-from pixnerd.launch import STOPPED
 from pixnerd.runs import Run
+from pixnerd.signals import STOPPED
 from pixnerd.training import train
 
 from . import distributed_worker

@@ -1,0 +1,192 @@
+"""The record of a study: its figures as small text files that git keeps, read back without the runs.
+
+A record is a folder: the study's file, rows.csv, curves.json, sheets/ and about.json. It has only runs that are done,
+and the same runs give the same bytes.
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..files import make_folder, read_json, readable, remove_partial_files, replacing, write_atomically
+from ..runs import SWEEP, Run
+from .compare import Row
+from .study import PlannedRun, Study, expand
+from .sweep import check_folders, status_of
+
+RECORDS = Path("data/ablations")
+POINTS = 100  # logged steps of a curve that are kept at most
+DIGITS = 6  # significant ones of every figure
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record, read back."""
+
+    about: dict[str, Any]
+    """planned and done, the numbers of runs; axes; seeds or models; made, with what"""
+    rows: list[Row]
+    curves: dict[int, dict[str, list[float | None]]]
+    """index of a run → its curves by name: step, loss, gradient_norm, and every list that was measured"""
+
+
+def done_runs(plan: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """Those runs of a study that are done."""
+    return [run for run in plan if status_of(run).state == "done"]
+
+
+def rows_of(done: Sequence[PlannedRun]) -> list[Row]:
+    """The rows of runs that are done, six digits of each figure."""
+    return [Row(run.index, run.choices, run.repeat, _scores(run)) for run in done]
+
+
+def write_record(file: Path, study: Study, plan: Sequence[PlannedRun]) -> Path:
+    """Write the record of a study, over an earlier one; returns its folder, in data/ablations.
+
+    Raises:
+        InputError: no run is done.
+        WriteError: a file cannot be written.
+    """
+    done = done_runs(plan)
+    if not done:
+        raise InputError(f"no run of study {study.name} is done yet; there is nothing to record")
+    folder = RECORDS / study.name
+    make_folder(folder / "sheets")
+    remove_partial_files(folder)
+    copy = folder / f"{study.name}.yaml"
+    if not copy.exists() or not copy.samefile(file):
+        write_atomically(copy, file.read_text())
+    write_atomically(folder / "rows.csv", _csv(study, rows_of(done)))
+    curves = {str(run.index): _curves(run) for run in done}
+    lines = ",\n".join(f"{json.dumps(index)}: {_compact(curve)}" for index, curve in curves.items())
+    write_atomically(folder / "curves.json", f"{{\n{lines}\n}}\n")
+    _write_sheets(folder / "sheets", done)
+    write_atomically(folder / "about.json", json.dumps(_about(study, plan, done), indent=1) + "\n")
+    return folder
+
+
+def read_record(folder: Path) -> Record:
+    """The record in a folder. Raises InputError if a file of it is missing or damaged."""
+    about = read_json(folder / "about.json", "what a record is about")
+    stored = read_json(folder / "curves.json", "a record's curves")
+    path = folder / "rows.csv"
+    with readable(path, "is damaged"):
+        titles, *lines = csv.reader(io.StringIO(path.read_text()))
+        try:
+            axes, repeat, done = list(about["axes"]), about["repeat"], about["done"]
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{folder / 'about.json'} is damaged: it lacks {error}") from error
+        if titles[: len(axes) + 2] != ["index", *axes, repeat]:
+            raise ValueError(f"its columns are not those of {', '.join(axes)}")
+        if len(lines) != done or any(len(line) != len(titles) for line in lines):
+            raise ValueError(f"it has {len(lines)} rows, about.json says {done}; or one has not {len(titles)} entries")
+        rows = []
+        for index, *entries in lines:
+            figures = zip(titles[len(axes) + 2 :], entries[len(axes) + 1 :], strict=True)
+            measures = {name: _number(text) for name, text in figures if text}
+            choices = dict(zip(axes, entries[: len(axes)], strict=True))
+            rows.append(Row(int(index), choices, entries[len(axes)], measures))
+    with readable(folder / "curves.json", "is damaged"):
+        if not all(isinstance(curve, dict) for curve in stored.values()):
+            raise ValueError("a run has no curves by name")
+        curves = {int(index): curve for index, curve in stored.items()}
+    return Record(about, rows, curves)
+
+
+def stored_rows(study: Study, out: Path) -> list[Row]:
+    """The rows of a study's runs in `out` that are done; if there are none, those of its record.
+
+    Raises InputError if there is neither, or if they cannot be read.
+    """
+    if out.is_dir():
+        plan = expand(study, out)
+        check_folders(study, plan, out)
+        if done := done_runs(plan):
+            return rows_of(done)
+    if not (RECORDS / study.name).is_dir():
+        raise InputError(f"study {study.name} has neither a run that is done in {out} nor a record in {RECORDS}")
+    return read_record(RECORDS / study.name).rows
+
+
+# --- what a run contributes ------------------------------------------------------------------------------------------
+
+
+def _scores(run: PlannedRun) -> dict[str, float]:
+    """The finite numbers that were measured for a run, by name."""
+    scores = Run(run.folder).metrics()["study"]["scores"]
+    return {name: _rounded(value) for name, value in sorted(scores.items()) if math.isfinite(value)}
+
+
+def _curves(run: PlannedRun) -> dict[str, list[float | None]]:
+    """The curves of a run: what it logged, thinned, and the lists that were measured for it."""
+    log = Run(run.folder).read_log()
+    log = log[:: -(-len(log) // POINTS) or 1]
+    curves = {name: [_rounded(entry.get(name)) for entry in log] for name in ("step", "loss", "gradient_norm") if log}
+    lists = {name: value for name, value in Run(run.folder).metrics()["study"].items() if isinstance(value, list)}
+    return curves | {name: [_rounded(entry) for entry in value] for name, value in sorted(lists.items())}
+
+
+def _rounded(value: Any) -> Any:
+    """A float with six significant digits; anything else as it is."""
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) and math.isfinite(value) else value
+
+
+# --- the files -------------------------------------------------------------------------------------------------------
+
+
+def _csv(study: Study, rows: Sequence[Row]) -> str:
+    measures = sorted({name for row in rows for name in row.measures})
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["index", *study.axes, study.repeat, *measures])
+    for row in rows:
+        figures = [repr(row.measures[name]) if name in row.measures else "" for name in measures]
+        writer.writerow([row.index, *(row.choices[axis] for axis in study.axes), row.repeat, *figures])
+    return file.getvalue()
+
+
+def _number(text: str) -> float:
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _write_sheets(folder: Path, done: Sequence[PlannedRun]) -> None:
+    """The samples of each combination's first run, and of no other."""
+    first: dict[str, PlannedRun] = {}
+    for run in done:
+        first.setdefault(run.arm, run)
+    sheets = {f"{run.folder.name.partition('-')[2]}.webp": run.folder / "sheet.webp" for run in first.values()}
+    for path in folder.glob("*"):
+        if path.name not in sheets:
+            path.unlink()
+    for name, sheet in sheets.items():
+        if sheet.is_file():
+            with replacing(folder / name) as partial:
+                partial.write_bytes(sheet.read_bytes())
+
+
+def _about(study: Study, plan: Sequence[PlannedRun], done: Sequence[PlannedRun]) -> dict[str, Any]:
+    made: list[dict[str, Any]] = []
+    for run in done:
+        notes = run.folder / SWEEP / "made.json"
+        there = read_json(notes, "the surroundings of a run").get("made", []) if notes.is_file() else []
+        made += [entry for entry in there if entry not in made]
+    return {
+        "study": study.name,
+        "command": f"pixnerd sweep {RECORDS / study.name / study.name}.yaml",
+        "planned": len(plan),
+        "done": len(done),
+        "axes": {axis: list(values) for axis, values in study.axes.items()},
+        "repeat": study.repeat,
+        f"{study.repeat}s": list(study.models or study.seeds),
+        "made": made,
+    }

@@ -1,0 +1,176 @@
+"""A record is rebuilt to the bytes it had, read back to the rows of the runs, and refused where it is damaged."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from pixnerd import InputError
+from pixnerd.runs import SWEEP, Run
+from pixnerd.studies.record import RECORDS, read_record, rows_of
+from pixnerd.studies.study import expand, read_study
+
+from .conftest import ROOT, TINY, sweep
+
+HEADS = {"axes": {"head": TINY["axes"]["head"]}, "seeds": [0], "measure": {"samples": 16, "errors": 4}}
+
+
+def record_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_two_runs_become_a_record_and_the_same_one_again(study_file, capsys):
+    path = study_file(**HEADS)
+    plan = expand(read_study(path), Path("runs/tiny"))
+    for index in (0, 1):
+        assert sweep(path, "--index", index) == 0
+    assert sweep(path, "--record") == 0
+    folder = RECORDS / "tiny"
+    assert f"recorded: {folder}" in capsys.readouterr().out
+    first = record_of(folder)
+    names = [
+        "about.json",
+        "curves.json",
+        "rows.csv",
+        "sheets/field-seed-0.webp",
+        "sheets/linear-seed-0.webp",
+        "tiny.yaml",
+    ]
+    assert sorted(map(str, first)) == names
+    assert sweep(path, "--record") == 0
+    assert record_of(folder) == first
+
+    record = read_record(folder)
+    assert record.rows == rows_of(plan)
+    for row, run in zip(record.rows, plan, strict=True):
+        study = Run(run.folder).metrics()["study"]
+        assert row.measures == pytest.approx(study["scores"], rel=1e-5)
+        assert {"velocity_error", "seconds_per_step", "parameters", "sharpness"} <= row.measures.keys()
+        assert record.curves[row.index]["error_by_t"] == pytest.approx(study["error_by_t"], rel=1e-5)
+        assert record.curves[row.index]["step"] == [1, 2, 3, 4]
+        losses = [entry["loss"] for entry in Run(run.folder).read_log()]
+        assert record.curves[row.index]["loss"] == pytest.approx(losses, rel=1e-5)
+    assert (record.about["planned"], record.about["done"], record.about["seeds"]) == (2, 2, [0])
+    (made,) = record.about["made"]
+    assert made.keys() == {"pixnerd", "commit", "torch", "machine", "threads", "device"}
+    assert folder.joinpath("tiny.yaml").read_text() == path.read_text()
+
+
+def fake(run, study, **measures):
+    """A run that is done without being made."""
+    (run.folder / SWEEP).mkdir(parents=True)
+    kept = {"repeat": run.repeat, "choices": run.choices, "config": run.config.to_dict()}
+    kept["measure"] = dataclasses.asdict(study.measure)
+    (run.folder / SWEEP / "planned.json").write_text(json.dumps(kept))
+    (run.folder / SWEEP / "made.json").write_text(json.dumps({"made": [{"torch": "2.15.0", "machine": "M"}]}))
+    (run.folder / "sheet.webp").write_bytes(run.folder.name.encode())
+    scores = {"fd": 12.345678 + run.index, "parameters": 7, "seconds_per_step": 0.5} | measures
+    Run(run.folder).save_metrics({"study": {"wanted": {}, "scores": scores, "error_by_t": [0.1234567, None]}})
+    for step in range(1, 251):
+        Run(run.folder).log({"step": step, "loss": 1 / step, "gradient_norm": 2.0})
+
+
+@pytest.fixture
+def study_of_fakes(study_file):
+    path = study_file()
+    study = read_study(path)
+    return path, study, expand(study, Path("runs/tiny"))
+
+
+def test_a_part_of_a_study_is_recorded_as_a_part(study_of_fakes):
+    path, study, plan = study_of_fakes
+    for run in (plan[5], plan[4], plan[1]):
+        fake(run, study)
+    assert sweep(path, "--record") == 0
+    record = read_record(RECORDS / "tiny")
+    assert (record.about["planned"], record.about["done"]) == (8, 3)
+    lines = (RECORDS / "tiny/rows.csv").read_text().splitlines()
+    assert lines[:2] == [
+        "index,head,prediction,seed,fd,parameters,seconds_per_step",
+        "1,linear,x,0,13.3457,7,0.5",
+    ]
+    assert [row.index for row in record.rows] == [1, 4, 5]
+    assert len(record.curves[1]["step"]) <= 100
+    assert record.curves[4]["error_by_t"] == [0.123457, None]
+    sheets = {file.name: file.read_text() for file in (RECORDS / "tiny/sheets").iterdir()}
+    assert sheets == {
+        "linear-x-seed-0.webp": "0001-linear-x-seed-0",
+        "linear-v-seed-5.webp": "0004-linear-v-seed-5",
+    }
+    fake(plan[0], study)
+    assert sweep(path, "--record") == 0
+    sheets = {file.name for file in (RECORDS / "tiny/sheets").iterdir()}
+    assert sheets == {"linear-x-seed-0.webp", "linear-v-seed-0.webp"}  # the earlier sheet is no first run any more
+
+
+def test_a_measure_that_a_run_lacks_is_an_empty_cell(study_of_fakes):
+    path, study, plan = study_of_fakes
+    fake(plan[0], study)
+    fake(plan[1], study, extra=3, fd=float("nan"))
+    assert sweep(path, "--record") == 0
+    rows = read_record(RECORDS / "tiny").rows
+    assert "extra" not in rows[0].measures
+    assert rows[1].measures["extra"] == 3
+    assert "fd" not in rows[1].measures
+
+
+def test_comparisons_read_the_runs_or_else_the_record(study_of_fakes, capsys):
+    path, study, plan = study_of_fakes
+    for run in plan:
+        fake(run, study)
+    assert sweep(path, "--record") == 0
+    capsys.readouterr()
+    assert sweep(path, "--compare", "head") == 0
+    from_runs = capsys.readouterr().out
+    assert "field − linear" in from_runs
+    Path("runs").rename("elsewhere")
+    copy = RECORDS / "tiny" / "tiny.yaml"
+    assert sweep(copy, "--compare", "head") == 0
+    assert capsys.readouterr().out == from_runs
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        (
+            "rows.csv",
+            lambda text: text.replace("linear,x,0,13.3457", "linear,x,0,abc"),
+            "rows.csv is damaged: could not",
+        ),
+        ("rows.csv", lambda text: text[:-5], "rows.csv is damaged"),
+        ("rows.csv", lambda text: "\n".join(text.splitlines()[:-1]), "it has 1 rows, about.json says 2"),
+        ("rows.csv", lambda text: text.replace("head,", "tail,"), "its columns are not those of head, prediction"),
+        ("rows.csv", lambda text: "", "rows.csv is damaged"),
+        ("rows.csv", None, "rows.csv does not exist"),
+        ("curves.json", lambda text: text[:-9], "curves.json cannot be read as a record's curves"),
+        ("curves.json", lambda text: '{"a": []}', "curves.json is damaged"),
+        ("curves.json", lambda text: '{"1": 3}', "curves.json is damaged"),
+        ("about.json", lambda text: "{}", "about.json is damaged: it lacks 'axes'"),
+        ("about.json", None, "about.json does not exist"),
+    ],
+)
+def test_a_damaged_record_is_one_sentence(study_of_fakes, name, change, sentence):
+    path, study, plan = study_of_fakes
+    for run in plan[:2]:
+        fake(run, study)
+    assert sweep(path, "--record") == 0
+    file = RECORDS / "tiny" / name
+    if change is None:
+        file.unlink()
+    else:
+        file.write_text(change(file.read_text()))
+    with pytest.raises(InputError, match=sentence) as caught:
+        read_record(RECORDS / "tiny")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_records_that_git_keeps_are_small_and_can_be_read():
+    files = [path for path in (ROOT / RECORDS).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 8e6
+    for folder in {path.parent for path in files if path.name == "about.json"}:
+        record = read_record(folder)
+        assert record.rows
+        assert re.fullmatch(r"[\w.+-]+", record.about["study"])
+        read_study(folder / f"{record.about['study']}.yaml")
