@@ -314,6 +314,8 @@ class Sweep(Command):
     """folder of the runs; by default runs/STUDY"""
     retry: bool = False
     """also make what failed before"""
+    again: bool = False
+    """also make what is in the record already"""
     list: bool = False
     """make nothing: say how far each run is"""
     record: bool = False
@@ -323,9 +325,9 @@ class Sweep(Command):
 
     def run(self) -> None:
         from .studies.compare import table
-        from .studies.record import stored_rows, write_record
+        from .studies.record import earlier_record, stored_rows, write_record
         from .studies.study import expand, read_study
-        from .studies.sweep import carry_out, check_folders, status_of, sweep
+        from .studies.sweep import Status, carry_out, check_folders, status_of, sweep
 
         if self.list + self.record + bool(self.compare) > 1:
             raise InputError("list, record and compare are three commands: give one of them")
@@ -340,13 +342,19 @@ class Sweep(Command):
         if beyond := [index for index in self.index if index >= len(plan)]:
             raise InputError(f"index is {beyond[0]}; study {study.name} has the runs 0 … {len(plan) - 1}")
         check_folders(study, plan, out)
+        before = earlier_record(study, plan)
+        recorded = {row.index for row in before.rows} if before else set()
         chosen = [plan[index] for index in dict.fromkeys(self.index)] or plan
         if self.list:
-            _print_table([["run", "state", "why"], *([run.folder.name, *status_of(run)] for run in chosen)], "<")
+            states = [(run, status_of(run)) for run in chosen]
+            there = [Status("recorded") if s.state == "missing" and r.index in recorded else s for r, s in states]
+            rows = [[run.folder.name, *state] for run, state in zip(chosen, there, strict=True)]
+            _print_table([["run", "state", "why"], *rows], "<")
         elif self.record:
             print(f"recorded: {write_record(self.study, study, plan)}")
         elif len(chosen) > 1 or not self.index:
-            sys.exit(sweep(self.study, chosen, out, self.jobs, self.retry))
+            left = [run for run in chosen if self.again or self.index or run.index not in recorded]
+            sys.exit(sweep(self.study, left, out, self.jobs, self.retry))
         else:
             state, why = carry_out(study, chosen[0], self.retry)
             print(f"{chosen[0].folder}: {state}{': ' * bool(why)}{why}")

@@ -1,7 +1,8 @@
 """The record of a study: its figures as small text files that git keeps, read back without the runs.
 
 A record is a folder: the study's file, rows.csv, curves.json, sheets/ and about.json. It has only runs that are done,
-and the same runs give the same bytes.
+and the same runs give the same bytes. A record grows: runs that were made elsewhere, and recorded, need not be made
+again.
 """
 
 import csv
@@ -13,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import TrainConfig
+from ..differences import differences
 from ..errors import InputError
 from ..files import make_folder, read_json, readable, remove_partial_files, replacing, write_atomically
+from ..recipes import RECIPES
 from ..runs import SWEEP, Run
 from .compare import Row
-from .study import PlannedRun, Study, expand
-from .sweep import check_folders, status_of
+from .study import PlannedRun, Study, configured, expand, read_study
+from .sweep import HARMLESS, check_folders, status_of
 
 RECORDS = Path("data/ablations")
 POINTS = 100  # logged steps of a curve that are kept at most
@@ -30,7 +34,7 @@ class Record:
     """A record, read back."""
 
     about: dict[str, Any]
-    """planned and done, the numbers of runs; axes; seeds or models; made, with what"""
+    """planned and done, the numbers of runs; axes; seeds or models; base, the recipe then; made, with what"""
     rows: list[Row]
     curves: dict[int, dict[str, list[float | None]]]
     """index of a run → its curves by name: step, loss, gradient_norm, and every list that was measured"""
@@ -46,28 +50,62 @@ def rows_of(done: Sequence[PlannedRun]) -> list[Row]:
     return [Row(run.index, run.choices, run.repeat, _scores(run)) for run in done]
 
 
-def write_record(file: Path, study: Study, plan: Sequence[PlannedRun]) -> Path:
-    """Write the record of a study, over an earlier one; returns its folder, in data/ablations.
+def earlier_record(study: Study, plan: Sequence[PlannedRun]) -> Record | None:
+    """What is recorded of this study; None if nothing is.
 
     Raises:
-        InputError: no run is done.
+        InputError: the record cannot be read, or is one of another study of this name.
+    """
+    folder = RECORDS / study.name
+    if not (folder / "about.json").is_file():
+        return None
+    record, before = read_record(folder), read_study(folder / f"{study.name}.yaml")
+    repeats = [str(repeat) for repeat in before.seeds or before.models]
+    known = [(choices, repeat) for repeat in repeats for choices in before.combinations()]
+    base = TrainConfig.from_dict(record.about["base"])
+    for row in record.rows:
+        run = plan[row.index] if row.index < len(plan) else None
+        changed = ["measure"] if before.measure != study.measure else []
+        if run is None or (run.choices, run.repeat) != known[row.index]:
+            changed.append(f"run {row.index} was {'-'.join(row.choices.values())} with {study.repeat} {row.repeat}")
+        elif study.models:
+            changed += [d.name for d in differences(before.settings_of(run.choices), study.settings_of(run.choices))]
+        else:
+            then = configured(base, before.settings_of(run.choices))
+            changed += [d.name for d in differences(then, run.config) if d.name not in HARMLESS | {"seed"}]
+        if changed:
+            raise InputError(
+                f"{folder} is the record of another study called {study.name} ({', '.join(changed)}): rename this "
+                "study, or remove the record"
+            )
+    return record
+
+
+def write_record(file: Path, study: Study, plan: Sequence[PlannedRun]) -> Path:
+    """Write the record of a study, adding to what is recorded of it; returns its folder, in data/ablations.
+
+    Raises:
+        InputError: no run is done, or the record is one of another study of this name.
         WriteError: a file cannot be written.
     """
     done = done_runs(plan)
     if not done:
         raise InputError(f"no run of study {study.name} is done yet; there is nothing to record")
+    before = earlier_record(study, plan)
+    rows = {row.index: row for row in [*(before.rows if before else ()), *rows_of(done)]}
+    curves = (before.curves if before else {}) | {run.index: _curves(run) for run in done}
     folder = RECORDS / study.name
     make_folder(folder / "sheets")
     remove_partial_files(folder)
     copy = folder / f"{study.name}.yaml"
     if not copy.exists() or not copy.samefile(file):
         write_atomically(copy, file.read_text())
-    write_atomically(folder / "rows.csv", _csv(study, rows_of(done)))
-    curves = {str(run.index): _curves(run) for run in done}
-    lines = ",\n".join(f"{json.dumps(index)}: {_compact(curve)}" for index, curve in curves.items())
+    write_atomically(folder / "rows.csv", _csv(study, [rows[index] for index in sorted(rows)]))
+    lines = ",\n".join(f'"{index}": {_compact(curves[index])}' for index in sorted(curves))
     write_atomically(folder / "curves.json", f"{{\n{lines}\n}}\n")
-    _write_sheets(folder / "sheets", done)
-    write_atomically(folder / "about.json", json.dumps(_about(study, plan, done), indent=1) + "\n")
+    _write_sheets(folder / "sheets", [run for run in plan if run.index in rows])
+    made = _made(done, before)
+    write_atomically(folder / "about.json", json.dumps(_about(study, plan, len(rows), made), indent=1) + "\n")
     return folder
 
 
@@ -100,18 +138,20 @@ def read_record(folder: Path) -> Record:
 
 
 def stored_rows(study: Study, out: Path) -> list[Row]:
-    """The rows of a study's runs in `out` that are done; if there are none, those of its record.
+    """The rows of a study's record, and of its runs in `out` that are done.
 
     Raises InputError if there is neither, or if they cannot be read.
     """
+    rows = {}
+    if (RECORDS / study.name).is_dir():
+        rows = {row.index: row for row in read_record(RECORDS / study.name).rows}
     if out.is_dir():
         plan = expand(study, out)
         check_folders(study, plan, out)
-        if done := done_runs(plan):
-            return rows_of(done)
-    if not (RECORDS / study.name).is_dir():
+        rows |= {row.index: row for row in rows_of(done_runs(plan))}
+    if not rows:
         raise InputError(f"study {study.name} has neither a run that is done in {out} nor a record in {RECORDS}")
-    return read_record(RECORDS / study.name).rows
+    return [rows[index] for index in sorted(rows)]
 
 
 # --- what a run contributes ------------------------------------------------------------------------------------------
@@ -159,10 +199,10 @@ def _compact(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def _write_sheets(folder: Path, done: Sequence[PlannedRun]) -> None:
-    """The samples of each combination's first run, and of no other."""
+def _write_sheets(folder: Path, recorded: Sequence[PlannedRun]) -> None:
+    """The samples of each combination's first run, and of no other; those that were recorded elsewhere stay."""
     first: dict[str, PlannedRun] = {}
-    for run in done:
+    for run in recorded:
         first.setdefault(run.arm, run)
     sheets = {f"{run.folder.name.partition('-')[2]}.webp": run.folder / "sheet.webp" for run in first.values()}
     for path in folder.glob("*"):
@@ -174,19 +214,26 @@ def _write_sheets(folder: Path, done: Sequence[PlannedRun]) -> None:
                 partial.write_bytes(sheet.read_bytes())
 
 
-def _about(study: Study, plan: Sequence[PlannedRun], done: Sequence[PlannedRun]) -> dict[str, Any]:
-    made: list[dict[str, Any]] = []
+def _made(done: Sequence[PlannedRun], before: Record | None) -> list[dict[str, Any]]:
+    """With what the runs were made: versions, commit, machine, threads."""
+    made: list[dict[str, Any]] = list(before.about["made"]) if before else []
     for run in done:
         notes = run.folder / SWEEP / "made.json"
         there = read_json(notes, "the surroundings of a run").get("made", []) if notes.is_file() else []
         made += [entry for entry in there if entry not in made]
+    return made
+
+
+def _about(study: Study, plan: Sequence[PlannedRun], done: int, made: list[dict[str, Any]]) -> dict[str, Any]:
+    base = RECIPES[study.base] if study.base else TrainConfig()
     return {
         "study": study.name,
         "command": f"pixnerd sweep {RECORDS / study.name / study.name}.yaml",
         "planned": len(plan),
-        "done": len(done),
+        "done": done,
         "axes": {axis: list(values) for axis, values in study.axes.items()},
         "repeat": study.repeat,
         f"{study.repeat}s": list(study.models or study.seeds),
+        "base": base.to_dict(),
         "made": made,
     }

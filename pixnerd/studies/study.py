@@ -187,7 +187,7 @@ def expand(study: Study, out: Path) -> list[PlannedRun]:
         for choices in combinations:
             arm = "-".join(choices.values())
             try:
-                config = _configured(base, study.settings_of(choices))
+                config = configured(base, study.settings_of(choices))
             except InputError as error:
                 raise InputError(f"study {study.name}, {arm}: {error}") from error
             if arm in configs.values():
@@ -314,7 +314,8 @@ def _setting_names(config: Any, prefix: str = "") -> set[str]:
     return names
 
 
-def _configured(base: TrainConfig, settings: Settings) -> TrainConfig:
+def configured(base: TrainConfig, settings: Settings) -> TrainConfig:
+    """`base` with these settings. Raises InputError if a value is outside its range."""
     nested: dict[str, Settings] = {"model": {}, "sampling": {}}
     plain: Settings = {}
     for name, value in settings.items():

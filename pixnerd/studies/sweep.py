@@ -33,7 +33,7 @@ from ..signals import STOPPED, on_stop_signals
 from .study import PlannedRun, Study
 from .wanted import Measures
 
-State = Literal["done", "running", "failed", "stopped", "missing"]
+State = Literal["done", "running", "failed", "stopped", "recorded", "missing"]
 RESULT = {"steps", *(f"sampling.{field.name}" for field in dataclasses.fields(SamplingConfig))}
 HARMLESS = CHANGEABLE - RESULT  # settings that say how a run is made and not what comes out
 LOOK = 1.0  # seconds within which a process that only looks whether a lock is held lets go of it

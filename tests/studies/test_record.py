@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from pixnerd import InputError
+from pixnerd.recipes import RECIPES
 from pixnerd.runs import SWEEP, Run
 from pixnerd.studies.record import RECORDS, read_record, rows_of
 from pixnerd.studies.study import expand, read_study
@@ -103,6 +105,89 @@ def test_a_part_of_a_study_is_recorded_as_a_part(study_of_fakes):
     assert sweep(path, "--record") == 0
     sheets = {file.name for file in (RECORDS / "tiny/sheets").iterdir()}
     assert sheets == {"linear-x-seed-0.webp", "linear-v-seed-0.webp"}  # the earlier sheet is no first run any more
+
+
+def test_parts_that_were_made_apart_join_to_the_record_of_the_whole(study_of_fakes, capsys):
+    path, study, plan = study_of_fakes
+    for run in plan:
+        fake(run, study)
+    assert sweep(path, "--record") == 0
+    whole = record_of(RECORDS / "tiny")
+    for name in ("runs", "data"):
+        shutil.rmtree(name)
+    for part in (plan[::2], plan[1::2]):
+        for run in part:
+            fake(run, study)
+        assert sweep(path, "--record") == 0
+        shutil.rmtree("runs")
+    assert record_of(RECORDS / "tiny") == whole
+
+
+def test_what_is_recorded_is_not_made_again_unless_asked(study_of_fakes, capsys):
+    path, study, plan = study_of_fakes
+    for run in plan[:7]:
+        fake(run, study)
+    assert sweep(path, "--record") == 0
+    shutil.rmtree("runs")
+    capsys.readouterr()
+    assert sweep(path, "--list") == 0
+    states = [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert states == ["recorded"] * 7 + ["missing"]
+    fake(plan[7], study)
+    assert sweep(path) == 0
+    assert "1 runs: 1 done" in capsys.readouterr().out
+    assert len(list(Path("runs/tiny").glob("0*"))) == 1
+    assert sweep(path, "--again", "--index", 0) == 0
+    assert len(list(Path("runs/tiny").glob("0*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ({"seeds": [5, 0]}, "run 0 was linear-v with seed 0"),
+        ({"settings": TINY["settings"] | {"learning_rate": 0.5}}, "learning_rate"),
+        ({"measure": {"samples": 0, "errors": 5}}, "measure"),
+        ({"axes": {"head": TINY["axes"]["head"]}}, "run 0 was linear-v with seed 0"),
+    ],
+)
+def test_a_record_of_another_study_of_this_name_is_left_alone(study_of_fakes, study_file, capsys, parts, reason):
+    path, study, plan = study_of_fakes
+    fake(plan[0], study)
+    assert sweep(path, "--record") == 0
+    before = record_of(RECORDS / "tiny")
+    shutil.rmtree("runs")
+    path = study_file(**parts)
+    for flags in ([], ["--list"]):
+        capsys.readouterr()
+        assert sweep(path, *flags) == 2
+        assert f"is the record of another study called tiny ({reason}" in capsys.readouterr().err
+    assert record_of(RECORDS / "tiny") == before
+
+
+def test_seeds_can_be_added_to_a_recorded_study(study_of_fakes, study_file):
+    path, study, plan = study_of_fakes
+    fake(plan[0], study)
+    assert sweep(path, "--record") == 0
+    path = study_file(seeds=[0, 5, 6])
+    study = read_study(path)
+    fake(expand(study, Path("runs/tiny"))[8], study)
+    assert sweep(path, "--record") == 0
+    record = read_record(RECORDS / "tiny")
+    assert [row.index for row in record.rows] == [0, 8]
+    assert record.about["seeds"] == [0, 5, 6]
+
+
+def test_a_changed_recipe_does_not_change_what_was_recorded(study_of_fakes, monkeypatch, capsys):
+    path, study, plan = study_of_fakes
+    fake(plan[0], study)
+    assert sweep(path, "--record") == 0
+    shutil.rmtree("runs")
+    recipe = RECIPES["digits-cpu"]
+    monkeypatch.setitem(RECIPES, "digits-cpu", dataclasses.replace(recipe, batch_size=3))  # the study sets it itself
+    assert sweep(path, "--list") == 0
+    monkeypatch.setitem(RECIPES, "digits-cpu", dataclasses.replace(recipe, ema_decay=0.123))
+    assert sweep(path, "--list") == 2
+    assert "another study called tiny (ema_decay)" in capsys.readouterr().err
 
 
 def test_a_measure_that_a_run_lacks_is_an_empty_cell(study_of_fakes):
