@@ -457,6 +457,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             error.shared = True
             raise
         command.run()
+        sys.stdout.flush()
     except InputError as error:
         if error.shared:
             _let_the_leader_speak()
@@ -464,6 +465,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except NonFiniteLoss as error:
         _let_the_leader_speak()
         _end(_say(error, 1))
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would complain
+        sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(_say("interrupted; the same command resumes from here", 130))
 

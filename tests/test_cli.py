@@ -2,6 +2,7 @@ import argparse
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,6 +190,17 @@ def test_as_a_module_without_traceback(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 2
     assert done.stderr.strip().startswith("pixnerd: data set 'minst' is unknown")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """As in `pixnerd … | head`, with a pipe that nobody reads any more."""
+    read, write = os.pipe()
+    os.close(read)
+    study = Path(__file__).parents[1] / "notebooks/studies/noise.yaml"
+    command = [sys.executable, "-m", "pixnerd", "sweep", str(study), "--list"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_none_and_flags_after_the_runs_own_settings(trained, tmp_path):
