@@ -18,7 +18,7 @@ class Measures:
     unguided: Index = 0
     """images to sample without guidance, to see how many show what was asked for; 0: none"""
     errors: Count = 512
-    """images whose velocity error is measured, each once in every tenth of t"""
+    """images whose velocity error is measured, each once in every tenth of t from 0 to 0.96"""
     errors_on: str = ""
     """data set of these images, such as emoji:held-out; empty: the run's own data"""
     reference: str = ""

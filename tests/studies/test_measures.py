@@ -48,7 +48,7 @@ def test_velocity_errors_are_the_mean_squares_in_each_tenth():
     model.clean = data.to_float(OneImage(2).pixels(0))
     found = measures.velocity_errors(model, OneImage(400), Labels(10), 400, 64)
     for tenth, error in enumerate(found):
-        low, high = tenth / 10, (tenth + 1) / 10
+        low, high = 0.096 * tenth, 0.096 * (tenth + 1)
         of_t = 4 * (high**3 - low**3) / (3 * (high - low))  # the mean of (2t)² over the tenth
         assert error == pytest.approx((0.1 + of_t) / 2, rel=0.03)
 
