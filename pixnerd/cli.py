@@ -354,11 +354,13 @@ class Sweep(Command):
             print(f"recorded: {write_record(self.study, study, plan)}")
         elif len(chosen) > 1 or not self.index:
             left = [run for run in chosen if self.again or self.index or run.index not in recorded]
-            sys.exit(sweep(self.study, left, out, self.jobs, self.retry))
+            if code := sweep(self.study, left, out, self.jobs, self.retry):
+                sys.exit(code)
         else:
             state, why = carry_out(study, chosen[0], self.retry)
             print(f"{chosen[0].folder}: {state}{': ' * bool(why)}{why}")
-            sys.exit(int(state == "failed"))
+            if state == "failed":
+                sys.exit(1)
 
 
 def _print_table(rows: Sequence[Sequence[str]], side: str = ">") -> None:

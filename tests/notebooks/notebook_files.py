@@ -49,7 +49,7 @@ def declared(path: Path) -> set[str]:
 def smoke(path: Path, run: Path, out: Path) -> dict[str, Any]:
     """Parameters of a short run that reads the run at `run` and writes to `out`, where the notebook does either."""
     places = {"run": str(run), "out": str(out), "results": str(Path(__file__).with_name("geneval_results.jsonl"))}
-    places["study"] = str(ROOT / "studies" / "rehearsal.yaml")
+    places["study"] = str(FOLDER / "studies" / "rehearsal.yaml")
     given = dict(read(path).metadata.workbook.smoke)
     return given | {name: place for name, place in places.items() if name in declared(path)}
 

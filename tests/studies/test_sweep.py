@@ -360,14 +360,42 @@ def test_models_are_measured_and_not_trained(study_file, capsys):
     model = plan_of(trained)[0].folder
     axes = {"guidance": {"none": {"sampling.guidance": 1.0}, "three": {"sampling.guidance": 3.0}}}
     parts = {"base": None, "settings": None, "seeds": None, "models": [str(model)]}
-    path = study_file("guided", **parts, axes=axes, measure={"samples": 16, "errors": 4})
+    path = study_file("guided", **parts, axes=axes)
     before = {file: file.stat().st_mtime_ns for file in model.rglob("*")}
     for index in (0, 1):
         assert sweep(path, "--index", index) == 0
     assert {file: file.stat().st_mtime_ns for file in model.rglob("*")} == before
     plan = plan_of(path, "runs/guided")
     assert states(plan) == ["done", "done"]
-    assert all((run.folder / "sheet.webp").is_file() for run in plan)
+    sampled = [Run(run.folder).metrics()["study"]["sampling"]["guidance"] for run in plan]
+    assert sampled == [1.0, 3.0]
     capsys.readouterr()
     assert sweep(path, "--compare", "guidance") == 0
     assert "three − none" in capsys.readouterr().out
+
+
+def test_the_recipe_for_submitit_goes_on_when_a_jobs_time_is_over(study_file, monkeypatch, undisturbed):
+    """The page's code as it stands, but for the study; without Slurm submitit runs jobs on this machine."""
+    submitit = pytest.importorskip("submitit")
+    path = study_file(settings=TINY["settings"] | LONGER, axes=HEADS, seeds=[0])
+    plan = plan_of(path)
+    recipe = re.search(r"```python\n(.+?)```", (ROOT / "notebooks/studies.md").read_text(), re.DOTALL)[1]
+    recipe = recipe.replace("notebooks/studies/rehearsal.yaml", str(path)).replace("range(4)", "range(1)")
+    monkeypatch.setattr(submitit.local.local.LocalJob, "cancel", lambda *_, **__: None)  # at its deletion
+    names = {"__name__": "__main__"}
+    exec(recipe, names)
+    (job,) = names["jobs"]
+    wait_until(lambda: steps_logged(plan[0]) >= 15)
+    task = next(child for child in psutil.Process(int(job.job_id)).children(recursive=True) if is_task(child))
+    task.send_signal(signal.SIGUSR2)  # what Slurm sends before the time is over
+    task.wait()
+    assert status_of(plan[0]).state == "stopped"
+    job.result()
+    assert status_of(plan[0]).state == "done"
+    assert figures(plan[:1]) == undisturbed[:1]
+    assert [entry["step"] for entry in Run(plan[0].folder).read_log()] == list(range(1, 121))
+
+
+def is_task(process):
+    """Whether a process of submitit's is the one that does the work."""
+    return any("submitit.core._submit" in part for part in process.cmdline())
