@@ -38,7 +38,7 @@ def test_interval_and_p_are_those_of_scipy(count):
 
 def test_exact_p_by_hand():
     assert sign_flip_p(np.array([1.0, 1.0, 1.0])) == 2 / 8
-    assert sign_flip_p(np.array([0.1, 0.2, 0.3])) == 2 / 8  # whose sums of floats differ in their last bit
+    assert sign_flip_p(np.array([-0.8, -0.5, 0.6, 0.2])) == 14 / 16  # two of the 14 differ in their last bit
     assert sign_flip_p(np.array([1.0, -1.0])) == 1
     assert sign_flip_p(np.array([2.0])) == 1
     assert sign_flip_p(np.zeros(4)) == 1
