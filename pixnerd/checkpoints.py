@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from .distributed import World, full_tensor, is_sharded
 from .errors import InputError
-from .files import make_folder, read_json, readable, sync, write_atomically, writing
+from .files import check_shapes, make_folder, read_json, readable, sync, write_atomically, writing
 from .model import PatchDenoiser
-from .model_config import model_config
+from .model_config import ModelConfig, TextModelConfig, model_config
 from .text import build_network
 
 SHARDS = "shards"  # the folder in a sharded run's checkpoint to which every process writes its part
+STEP = r"step-(0|[1-9][0-9]*)"  # the name of a checkpoint's folder
 LATEST = "latest"  # a text file beside the checkpoints that names the newest complete one
 
 
@@ -44,16 +45,36 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> PatchDenoiser:
     Raises:
         InputError: the file is missing, truncated or not written by `save_model`.
     """
+    config, num_classes = _read_about(path)
+    with readable(path), torch.device("meta"):  # so that no weight is allocated twice
+        model = build_network(config, num_classes)
+    check_shapes(path, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, _shapes(path))
+    with readable(path):
+        model.load_state_dict(load_file(path, device=str(device)), assign=True)
+    return model.eval()
+
+
+def _read_about(path: Path) -> tuple[ModelConfig, int | None]:
+    """The network's configuration and its number of classes, None for a text model, from a file of `save_model`."""
     with readable(path), safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
     if "pixnerd" not in metadata:
         raise InputError(f"{path} holds no PixNerd configuration; `pixnerd.load_released` reads the released weights")
-    with torch.device("meta"):  # so that no weight is allocated twice
-        about = json.loads(metadata["pixnerd"])
-        model = build_network(model_config(about["config"]), about.get("num_classes"))
     with readable(path):
-        model.load_state_dict(load_file(path, device=str(device)), assign=True)
-    return model.eval()
+        about = json.loads(metadata["pixnerd"])
+        if not isinstance(about, dict) or not isinstance(about.get("config"), dict):
+            raise ValueError("its configuration is not that of a network")
+        config, num_classes = model_config(about["config"]), about.get("num_classes")
+        counts = type(num_classes) is int and 1 <= num_classes < 2**31
+        if not isinstance(config, TextModelConfig) and not counts:
+            raise ValueError(f"its number of classes is {num_classes!r}")
+    return config, num_classes
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in a file, of which only the header is read."""
+    with readable(path), safe_open(path, "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no dictionary
 
 
 # --- a training run's checkpoints ----------------------------------------------------------------------------------
@@ -136,15 +157,21 @@ def _publish(partial: Path, target: Path, keep: int, keep_every: int | None) -> 
     partial.rename(target)
     sync(folder)
     write_atomically(folder / LATEST, target.name + "\n")
-    for old in (path for number, path in _numbered(folder)[:-keep] if not keep_every or number % keep_every):
+    for old in (path for number, path in numbered(folder)[:-keep] if not keep_every or number % keep_every):
         retired = old.with_name(f".retired-{old.name}")  # hidden first, so that no reader finds it half removed
         old.rename(retired)
     for retired in folder.glob(".retired-*"):
         shutil.rmtree(retired)
 
 
-def load_training_state(checkpoint: Path, models: dict[str, PatchDenoiser], optimizer: torch.optim.Optimizer) -> int:
-    """Fill models and optimiser, sharded or not, from a checkpoint folder, sharded or not; returns its step."""
+def load_training_state(
+    checkpoint: Path, models: dict[str, PatchDenoiser], optimizer: torch.optim.Optimizer, world: World
+) -> int:
+    """Fill models and optimiser, sharded or not, from a checkpoint folder, sharded or not; returns its step.
+
+    Raises:
+        InputError: in every process, if one of them cannot read the checkpoint, or it is of another network.
+    """
     for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
         zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
@@ -154,12 +181,24 @@ def load_training_state(checkpoint: Path, models: dict[str, PatchDenoiser], opti
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may read all shards
-            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint / SHARDS)))
+            try:
+                dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint / SHARDS)))
+            except dcp.CheckpointException as error:  # in every process
+                reason, _ = next(iter(error.failures.values()))
+                with readable(checkpoint / SHARDS):
+                    raise ValueError(str(reason)) from None
     else:
-        for file in (*models, "optimizer"):
-            for name, saved in load_file(checkpoint / f"{file}.safetensors").items():
-                _fill(tensors[f"{file}:{name}"], saved)
-    return json.loads((checkpoint / "state.json").read_text())["step"]
+        paths = {file: checkpoint / f"{file}.safetensors" for file in (*models, "optimizer")}
+        with world.together():  # before anything is filled, which processes that share a model do together
+            for file, path in paths.items():
+                live = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(f"{file}:")}
+                check_shapes(path, live, {f"{file}:{name}": shape for name, shape in _shapes(path).items()})
+        for file, path in paths.items():
+            with readable(path):
+                saved = load_file(path)
+            for name, tensor in saved.items():
+                _fill(tensors[f"{file}:{name}"], tensor)
+    return _step(checkpoint)
 
 
 def _training_tensors(models: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -197,7 +236,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Raises:
         InputError: there are checkpoints, but all of them are damaged.
     """
-    damaged, listed = [], _numbered(folder)
+    damaged, listed = [], numbered(folder)
     for _, checkpoint in reversed(listed):
         try:
             check_checkpoint(checkpoint)
@@ -207,7 +246,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
             break
     else:
         checkpoint = None
-    if checkpoint is None and listed != _numbered(folder):  # a training run wrote a checkpoint, and retired one
+    if checkpoint is None and listed != numbered(folder):  # a training run wrote a checkpoint, and retired one
         return newest_checkpoint(folder)
     for name, fault in damaged:
         warnings.warn(f"checkpoint {name} is skipped: {fault}", stacklevel=2)
@@ -218,7 +257,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def check_checkpoint(checkpoint: Path) -> None:
     """Raise InputError unless a checkpoint's files are all there and complete."""
-    shards = read_json(checkpoint / "state.json", "a checkpoint").get("shards", 0)
+    state = read_json(checkpoint / "state.json", "a checkpoint")
+    if state.get("step") != _step(checkpoint):
+        raise InputError(f"{checkpoint} is of step {state.get('step')}, as its state.json says")
+    shards = state.get("shards", 0)
     parts = sorted((checkpoint / SHARDS).glob("*.safetensors"))
     if len(parts) != shards:
         raise InputError(f"{checkpoint} has {len(parts)} of its {shards} shards")
@@ -276,8 +318,7 @@ def load_newest(
 
 def classes_of(checkpoint: Path) -> int | None:
     """The number of classes that a checkpoint's model tells apart; None for a text model."""
-    with readable(checkpoint / "ema.safetensors"), safe_open(checkpoint / "ema.safetensors", "pt") as file:
-        return json.loads(file.metadata()["pixnerd"]).get("num_classes")
+    return _read_about(checkpoint / "ema.safetensors")[1]
 
 
 def _optimizer_tensors(models: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -291,7 +332,7 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def _numbered(folder: Path) -> list[tuple[int, Path]]:
+def numbered(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of the checkpoints, oldest first."""
-    matches = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*"))
+    matches = ((re.fullmatch(STEP, path.name), path) for path in folder.glob("step-*"))
     return sorted((int(match[1]), path) for match, path in matches if match)

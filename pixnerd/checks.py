@@ -4,7 +4,7 @@ A field's annotation says what it accepts, `steps: Count`, `decay: Literal["cons
 compares every value with it and names the first one that does not fit.
 """
 
-import math
+import sys
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -13,6 +13,8 @@ from annotated_types import Ge, Gt, Interval
 from .errors import InputError
 
 Count = Annotated[int, Ge(1)]
+Few = Annotated[int, Interval(ge=1, le=1000)]  # modules of a network, which a damaged file may number by the billion
+Side = Annotated[int, Interval(ge=1, le=65_536)]  # pixels along a side of an image
 Index = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
@@ -48,10 +50,12 @@ def _fault(value: Any, kind: Any) -> str:
     if kind is bool:
         return "" if isinstance(value, bool) else "it has to be True or False"
     if kind is int:
-        return "" if isinstance(value, int) and not isinstance(value, bool) else "it has to be a whole number"
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        too_large = "" if whole and abs(value) < 2**63 else "it has to be below 2⁶³"
+        return too_large if whole else "it has to be a whole number"
     if kind is float:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return "" if number and math.isfinite(value) else "it has to be a finite number"
+        return "" if number and abs(value) <= sys.float_info.max else "it has to be a finite number"
     return "" if isinstance(value, kind) else f"it has to be {'text' if kind is str else f'a {kind.__name__}'}"
 
 

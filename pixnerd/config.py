@@ -118,6 +118,9 @@ class TrainConfig:
     """AdamW's weight decay, on all weights"""
     clip: Positive | None = None
     """maximum gradient norm; None does not clip"""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """when a step's loss or gradient is infinite or NaN: stop; or skip the step, which leaves weights, optimiser and
+    averages as they are, and stop at the tenth in a row, for which a GPU has to wait at every step"""
     ema_decay: Share = 0.9999
     """decay of the moving average of the weights, which sampling uses"""
     extra_ema_decays: tuple[Share, ...] = ()

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import data, frozen
-from .checkpoints import leaders_checkpoint, load_newest
+from .checkpoints import load_newest
 from .conditions import Conditions, Subject, model_conditions
 from .config import EvaluationConfig
 from .distributed import World, join
@@ -55,8 +55,8 @@ def evaluate(config: EvaluationConfig, world: World | None = None) -> Evaluation
         agreement = _digit_agreement(run) if run is not None and source is None and world.leads else None
         there = None if source else open_images(config.source)
     asked = source
-    if asked and asked.follows:
-        source = asked.at(leaders_checkpoint(run.checkpoints, world))
+    if asked:
+        source = asked.settled(world)
     settings = _shared_settings(config, there, source, world)
     found = run.evaluation(settings) if source and not config.out and world.leads else None
     if world.any(found is not None):

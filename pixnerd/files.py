@@ -9,13 +9,16 @@ import os
 import pickle
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from .errors import InputError, WriteError
+
+if TYPE_CHECKING:  # --help need not wait for it
+    import numpy as np
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 UNREADABLE = (SafetensorError, OSError, EOFError, pickle.UnpicklingError, RuntimeError, ValueError)
@@ -106,6 +109,46 @@ def readable(path: Path, wrong: str = "is damaged or not a checkpoint") -> Itera
         else:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} {wrong}: {reason}") from error
+
+
+def check_shapes(path: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    """Raise InputError unless the tensors found in a file have the names and the shapes of those expected."""
+    missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or surplus:
+        raise InputError(f"{path} does not fit: missing {missing or 'nothing'}, surplus {surplus or 'nothing'}")
+    for name, shape in found.items():
+        if shape != expected[name]:
+            raise InputError(f"{path} does not fit: {name} has shape {shape} and not {expected[name]}")
+
+
+def read_arrays(path: Path, names: Collection[str]) -> dict[str, "np.ndarray"]:
+    """Those of the named arrays that a .npz has. Raises InputError if it is missing or damaged."""
+    import numpy as np
+
+    with readable(path, "is not a readable .npz"):
+        try:
+            with np.load(path) as file:
+                return {name: file[name] for name in names if name in file.files}
+        except OSError:
+            raise
+        except Exception as error:  # zipfile, zlib and numpy each have their own
+            raise ValueError(str(error) or type(error).__name__) from error
+
+
+def reachable(name: str | Path) -> Path:
+    """The path of that name, where there may be nothing yet.
+
+    Raises InputError if the system cannot even look there: a part of it is too long, closed to us, or no name.
+    """
+    path = Path(name)
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        raise InputError(f"{path} cannot be opened: {reason}") from error
+    return path
 
 
 def content_hash(path: Path) -> str:

@@ -6,7 +6,7 @@ Source: arXiv 2507.23268 and the released code.
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from .checks import Count, check_fields
+from .checks import Count, Few, Side, check_fields
 from .encodings import Encoding
 from .errors import InputError
 
@@ -27,19 +27,19 @@ class ModelConfig:
     """D, channels of a token"""
     heads: Count = 16
     """attention heads; width / heads has to be a multiple of 4"""
-    blocks: Count = 22
+    blocks: Few = 22
     """transformer blocks"""
     patch_size: Count = 16
     """P, pixels along a side of a patch"""
     channels: Count = 3
     """channels of the images"""
-    image_size: Count = 256
+    image_size: Side = 256
     """pixels along a side of the training images; the network takes any multiple of the patch size"""
     head: Literal["field", "linear"] = "field"
     """what decodes a patch: its own neural field, or one linear layer (the baseline)"""
     field_width: Count = 64
     """channels per pixel inside the field"""
-    field_blocks: Count = 2
+    field_blocks: Few = 2
     """field blocks"""
     field_ratio: Count = 2
     """hidden width of a field block / field width"""
@@ -78,12 +78,12 @@ class TextModelConfig(ModelConfig):
 
     width: Count = 1536
     heads: Count = 24
-    blocks: Count = 16
-    image_size: Count = 512
+    blocks: Few = 16
+    image_size: Side = 512
     encoding: Encoding = "sincos"
     weight_norm: WeightNorm = "fc1"
     output_norm: bool = False
-    text_blocks: Count = 4
+    text_blocks: Few = 4
     """blocks that refine the text before the image blocks attend to it"""
     text_features: Count = 2048
     """F, features per token from the text encoder (Qwen3-1.7B: 2048)"""

@@ -11,20 +11,20 @@ Every command, notebook and panel that takes a trained model takes these names:
 """
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .config import RELEASED, SamplingConfig, TrainConfig
 from .errors import InputError
-from .files import content_hash, readable
+from .files import content_hash, reachable, readable
 from .recipes import TEXT_256
 from .runs import Run
 
 if TYPE_CHECKING:  # the defaults of a command's flags need no torch
     import torch
 
+    from .distributed import World
     from .model import PatchDenoiser
 
 KINDS = "a run's folder, RUN@STEP, a checkpoint's folder, a .safetensors file or released weights"
@@ -46,11 +46,15 @@ class ModelSource:
         """Whether it is a run's newest checkpoint, whichever that is when it is read."""
         return self.run is not None and self.path is None
 
-    def settled(self) -> "ModelSource":
-        """The same with its checkpoint named: a run that trains on does not change what is measured."""
-        from .checkpoints import newest_checkpoint
+    def settled(self, world: "World | None" = None) -> "ModelSource":
+        """The same with its checkpoint named: a run that trains on does not change what is measured.
 
-        return self.at(newest_checkpoint(self.run.checkpoints)) if self.follows else self
+        Of several processes, each of which has to call it, the leading one decides which is the newest.
+        """
+        from .checkpoints import leaders_checkpoint
+        from .distributed import ALONE
+
+        return self.at(leaders_checkpoint(self.run.checkpoints, world or ALONE)) if self.follows else self
 
     def at(self, checkpoint: Path | None) -> "ModelSource":
         """The same run at this checkpoint. Raises InputError if there is none."""
@@ -134,7 +138,7 @@ class ModelSource:
 
 def find_model(name: str | Path) -> ModelSource:
     """The model called `name`, see this module's beginning; nothing is read or fetched yet. Raises InputError."""
-    path = Path(name)
+    path = reachable(name)
     if path.is_file():
         return ModelSource(str(name), _run_of(path.parent), path)
     if path.is_dir():
@@ -143,7 +147,7 @@ def find_model(name: str | Path) -> ModelSource:
         return ModelSource(str(name), _run_of(path), path)
     folder, at, step = str(name).rpartition("@")
     if at and (run := Run(folder)).checkpoints.is_dir():
-        checkpoint = run.checkpoints / f"step-{step.removeprefix('step-')}"
+        checkpoint = reachable(run.checkpoints / f"step-{step.removeprefix('step-')}")
         if not checkpoint.is_dir():
             raise InputError(f"run {folder} has no checkpoint @{step}; it has {', '.join(_steps(run)) or 'none'}")
         return ModelSource(str(name), run, checkpoint)
@@ -180,7 +184,7 @@ def own_sampling(name: str) -> SamplingConfig | None:
 def each_checkpoint(name: str) -> list[str]:
     """The names that one name with several checkpoints stands for: RUN@STEP,STEP or RUN@all; else the name itself."""
     folder, at, steps = name.rpartition("@")
-    if not at or Path(name).exists() or not (steps == "all" or "," in steps):
+    if not at or reachable(name).exists() or not (steps == "all" or "," in steps):
         return [name]
     chosen = _steps(Run(folder)) if steps == "all" else steps.split(",")
     if not chosen:
@@ -203,5 +207,6 @@ def _in_repository(name: str) -> tuple[str, str | None]:
 
 def _steps(run: Run) -> list[str]:
     """The steps of a run's checkpoints, in ascending order."""
-    found = (re.fullmatch(r"step-(\d+)", path.name) for path in run.checkpoints.glob("step-*"))
-    return [str(step) for step in sorted(int(match[1]) for match in found if match)]
+    from .checkpoints import numbered
+
+    return [str(step) for step, _ in numbered(run.checkpoints)]

@@ -3,7 +3,6 @@
 Everything here is computed from shapes; the hours are an estimate from a published speed.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import cost, frozen
 from .config import TrainConfig
 from .fields import PATCHES_PER_PIECE
+from .files import read_json
 from .frozen.dinov2 import PATCH
 from .model import PatchDenoiser
 from .model_config import Recompute, TextModelConfig
@@ -139,7 +139,7 @@ def teacher_cost(config: TrainConfig) -> Frozen:
     described = Path(config.align) / "config.json"
     width, blocks = next((size for name, size in DINOV2.items() if f"dinov2-{name}" in config.align), (0, 0))
     if described.is_file():
-        about = json.loads(described.read_text())
+        about = read_json(described, "the configuration of a DINOv2")
         width, blocks = about.get("hidden_size", width), about.get("num_hidden_layers", blocks)
     if width:
         tokens, matrices = rows**2 + 1, 12 * blocks * width**2

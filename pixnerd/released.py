@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .config import RELEASED
 from .errors import InputError
-from .files import readable
+from .files import check_shapes, reachable, readable
 from .model import PatchDenoiser
 from .model_config import ModelConfig, TextModelConfig
 from .text import build_network
@@ -60,31 +60,29 @@ def load_released(source: str | Path, filename: str | None = None, device: torch
     Raises:
         InputError: missing, damaged or foreign file; missing or surplus weights, by name; hub out of reach.
     """
-    path = Path(source)
+    path = reachable(source)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         path = download(str(source), filename)
     released = _map_released(path)
     try:
         with torch.device("meta"):
             model = _empty_model(released, 512 if "res512" in path.name else 256)
+        blocks = model.config.blocks
+        gate_values = _join_gate_values(_rename_released(released, blocks), blocks)
     except KeyError as error:
         raise InputError(f"{path} does not hold PixNerd's weights: {error.args[0]} is missing") from error
-    blocks = model.config.blocks
-    gate_values = _join_gate_values(_rename_released(released, blocks), blocks)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # of shapes that are those of no model
+        raise InputError(f"{path} does not hold PixNerd's weights: {str(error).splitlines()[0]}") from error
     del released  # drops the mapping, and with it the memory of pages that were read only to be copied
     weights = _rename_released(_map_released(path), blocks)
     for name in gate_values:
         for part in ("gate", "value"):
             del weights[name.replace("gate_value", part)]
     weights |= gate_values
-    expected = model.state_dict()
-    missing, surplus = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    if missing or surplus:
-        raise InputError(f"{path} does not fit: missing {missing or 'nothing'}, surplus {surplus or 'nothing'}")
-    for name, tensor in weights.items():
-        if tensor.shape != expected[name].shape:
-            shapes = f"{tuple(tensor.shape)} and not {tuple(expected[name].shape)}"
-            raise InputError(f"{path} does not fit: {name} has shape {shapes}")
+    expected, found = (
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (model.state_dict(), weights)
+    )
+    check_shapes(path, expected, found)
     model.load_state_dict(weights, assign=True)
     return model.to(device, torch.float32).eval()
 
@@ -123,7 +121,11 @@ def _map_released(path: Path) -> dict[str, Tensor]:
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(contents, dict) or not isinstance(contents.get("state_dict"), dict):
         raise InputError(f"{path} has no state_dict; the released checkpoints keep their weights there")
-    return _denoiser_weights(contents["state_dict"])
+    weights = _denoiser_weights({key: x for key, x in contents["state_dict"].items() if isinstance(key, str)})
+    for name, value in weights.items():
+        if not (isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided):
+            raise InputError(f"{path} does not hold PixNerd's weights: {name} is no tensor of floating-point numbers")
+    return weights
 
 
 def _denoiser_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 from .config import SamplingConfig, TrainConfig
 from .differences import differences
 from .errors import InputError
-from .files import make_folder, read_json, remove_partial_files, replacing, write_atomically, writing
+from .files import (
+    make_folder,
+    reachable,
+    read_arrays,
+    read_json,
+    readable,
+    remove_partial_files,
+    replacing,
+    write_atomically,
+    writing,
+)
 
 if TYPE_CHECKING:  # most of a run's files need no torch
     from torch import Tensor
@@ -22,7 +32,7 @@ if TYPE_CHECKING:  # most of a run's files need no torch
 # entries of config.json that may change when a run is resumed: where, how long, how often, on which hardware, and what
 # only later commands read
 CHANGEABLE = {"out", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every"}
-CHANGEABLE |= {"accumulate", "compile", "deterministic", "recompute", "shard", "workers"}
+CHANGEABLE |= {"accumulate", "compile", "deterministic", "non_finite", "recompute", "shard", "workers"}
 CHANGEABLE |= {f"sampling.{field.name}" for field in dataclasses.fields(SamplingConfig)}
 SWEEP = "sweep"  # folder in a run's folder that belongs to the study which the run is part of
 CONTENTS = {"model_content", "reference_content"}  # of an evaluation's settings: hashes
@@ -32,7 +42,7 @@ class Run:
     """The files of one run; the folder need not exist yet."""
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = reachable(folder)
         self.config_path = self.folder / "config.json"
         self.classes_path = self.folder / "classes.json"
         self.log_path = self.folder / "log.jsonl"
@@ -120,15 +130,25 @@ class Run:
             file.write(json.dumps(entry) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The objects in log.jsonl, oldest first, without a last line that a crash cut off."""
+        """The objects in log.jsonl, oldest first, without a last line that a crash cut off.
+
+        Raises InputError if another line is damaged: resuming the run would drop all that follow.
+        """
         if not self.log_path.exists():
             return []
-        entries = []
-        for line in self.log_path.read_text().splitlines():
+        with readable(self.log_path, "cannot be read as a run's log"):
+            lines = self.log_path.read_text(errors="replace").splitlines()
+        entries: list[dict[str, Any]] = []
+        for number, line in enumerate(lines, start=1):
             try:
-                entries.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+                entry = json.loads(line)
+                if type(entry["step"]) is not int:
+                    raise TypeError("its step is no whole number")
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                if number == len(lines):
+                    break
+                raise InputError(f"line {number} of {self.log_path} is damaged: mend or remove it") from error
+            entries.append(entry)
         return entries
 
     def cut_log(self, step: int) -> None:
@@ -158,20 +178,29 @@ class Run:
             Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
 
     def load_samples(self) -> tuple[Tensor, Tensor]:
-        """(uint8 [B, 3, H, W], labels [B]) from samples.npz. Raises InputError if it does not exist."""
-        import numpy as np
+        """(uint8 [B, 3, H, W], labels [B]) from samples.npz. Raises InputError if it is missing or damaged."""
         import torch
 
         path = self.folder / "samples.npz"
         if not path.is_file():
             raise InputError(f"{path} does not exist: run `pixnerd sample {self.folder}` first")
-        with np.load(path) as file:
-            return torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(file["labels"])
+        found = read_arrays(path, ("arr_0", "labels"))
+        pixels, labels = found.get("arr_0"), found.get("labels")
+        if pixels is None or labels is None or pixels.dtype != "uint8" or pixels.shape[3:] != (3,):
+            raise InputError(f"{path} holds no samples: they are arr_0, uint8 [B, H, W, 3], and labels [B]")
+        if labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iu":
+            wrong = f"labels are {labels.dtype} {labels.shape}"
+            raise InputError(f"{path}: {wrong}; {len(pixels)} whole numbers are needed")
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels)
 
     def metrics(self) -> dict[str, Any]:
         """The contents of metrics.json so far. Raises InputError if it is damaged."""
         path = self.folder / "metrics.json"
-        return read_json(path, "a run's metrics") if path.is_file() else {}
+        found = read_json(path, "a run's metrics") if path.is_file() else {}
+        rows = found.get("evaluations", [])
+        if not isinstance(rows, list) or not all(map(is_evaluation, rows)):
+            raise InputError(f"{path} is damaged: not every entry of `evaluations` has settings and scores")
+        return found
 
     def save_metrics(self, metrics: dict[str, Any]) -> None:
         """Add these entries to metrics.json."""
@@ -186,6 +215,13 @@ class Run:
         """Add a row to the list `evaluations` in metrics.json, or replace the one with the same settings."""
         rows = [row for row in self.metrics().get("evaluations", []) if not same_evaluation(row["settings"], settings)]
         self.save_metrics({"evaluations": [*rows, {"settings": settings, "scores": scores}]})
+
+
+def is_evaluation(row: Any) -> bool:
+    """Whether this is a row as `Run.save_evaluation` writes it."""
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), dict) for name in ("settings", "scores")):
+        return False
+    return all(isinstance(score, (int, float)) for score in row["scores"].values())
 
 
 def same_evaluation(kept: dict[str, Any], settings: dict[str, Any]) -> bool:

@@ -1,12 +1,13 @@
 import dataclasses
+import json
 import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from pixnerd import InputError, ModelConfig, PixNerd, load, load_released
 from pixnerd.checkpoints import load_model, load_newest, newest_checkpoint, save_checkpoint, save_model
@@ -63,6 +64,15 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(tmp_path, na
     (older / name).unlink()
     with pytest.raises(InputError, match="no checkpoint in .* can be read"), pytest.warns(UserWarning, match="step-10"):
         load(tmp_path)
+
+
+def test_a_folder_that_says_another_step_or_is_no_number_is_no_checkpoint(tmp_path):
+    older, _ = checkpoint(tmp_path, 5, seed=0)
+    newer, _ = checkpoint(tmp_path, 10, seed=7)
+    (newer / "state.json").write_text('{"step": 9, "shards": 0}')
+    (tmp_path / "step-007").mkdir()
+    with pytest.warns(UserWarning, match="step-10 is skipped: .*step-10 is of step 9"):
+        assert newest_checkpoint(tmp_path) == older
 
 
 def everything(folder):
@@ -138,6 +148,41 @@ def test_what_cannot_be_loaded_is_reported(tmp_path):
         load(tmp_path / "foreign.safetensors")
 
 
+def rewritten(path, change):
+    """Change the configuration that a .safetensors file carries."""
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["pixnerd"])
+    change(about)
+    save_file(load_file(path), path, {"pixnerd": json.dumps(about)})
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda about: about.pop("config"), "its configuration is not that of a network"),
+        (lambda about: about.update(config=[1]), "its configuration is not that of a network"),
+        (lambda about: about.update(num_classes=None), "its number of classes is None"),
+        (
+            lambda about: about.update(num_classes=10**400),
+            "is damaged or not a checkpoint: its number of classes is 1000",
+        ),
+        (lambda about: about.update(num_classes=6), r"label_embed.weight has shape \(6, 24\) and not \(7, 24\)"),
+        (lambda about: about["config"].update(blocks=2**40), "blocks is .*; it has to lie between 1 and 1000"),
+        (lambda about: about["config"].update(blocks=3), r"does not fit: missing \['blocks.2"),
+        (lambda about: about["config"].update(image_size=2**40), "image_size is .*; it has to lie between 1 and 65536"),
+        (lambda about: about["config"].update(width=10**400), "model.width"),
+        (lambda about: about["config"].update(colour=1), "colour"),
+    ],
+)
+def test_a_damaged_configuration_of_a_file_is_one_sentence(tmp_path, change, sentence):
+    path = tmp_path / "model.safetensors"
+    save_model(randomised(PixNerd(TINY, num_classes=5)), path)
+    rewritten(path, change)
+    with pytest.raises(InputError, match=sentence) as refused:
+        load(path)
+    assert "\n" not in str(refused.value)
+
+
 def test_released_sizes_are_inferred_from_shapes():
     model = load_released(GOLDEN)
     assert model.num_classes == 10
@@ -188,6 +233,15 @@ def test_released_without_ema_and_with_compiled_names(tmp_path):
             r"head.norm.weight has shape \(3,\)",
         ),
         (lambda s: s.clear(), "does not hold PixNerd's weights: param_generator1 is missing"),
+        (lambda s: s.update({"ema_denoiser.s_embedder.proj.weight": torch.zeros(())}), "hold PixNerd's weights"),
+        (lambda s: s.update({"ema_denoiser.final_layer.linear.weight": torch.zeros(0, 2)}), "hold PixNerd's weights"),
+        (lambda s: s.update({"ema_denoiser.blocks.0.mlp.w1.weight": torch.zeros(1, 1, 1)}), "hold PixNerd's weights"),
+        (
+            lambda s: s.update({"ema_denoiser.final_layer.norm.weight": torch.zeros(16).to_sparse()}),
+            "is no tensor of fl",
+        ),
+        (lambda s: s.update({"ema_denoiser.final_layer.norm.weight": [1.0]}), "final_layer.norm.weight is no tensor"),
+        (lambda s: s.update({"ema_denoiser.final_layer.norm.weight": torch.zeros(16).long()}), "is no tensor of float"),
     ],
 )
 def test_released_checkpoints_that_do_not_fit(tmp_path, change, sentence):

@@ -69,6 +69,8 @@ def test_every_field_refuses_values_of_another_kind(name):
         ({"betas": (0.9,)}, r"betas is \(0.9,\); it has to have 2 entries"),
         ({"extra_ema_decays": [0.5]}, r"extra_ema_decays is \[0.5\]; it has to be a tuple"),
         ({"seed": -1}, "seed is -1; it cannot be negative"),
+        ({"seed": 2**63}, "seed is 9223372036854775808; it has to be below 2⁶³"),
+        ({"learning_rate": 2 * 10**308}, "learning_rate is 20{308}; it has to be a finite number"),
         ({"steps": 2.0}, "steps is 2.0; it has to be a whole number"),
         ({"model": "L/16"}, "model is 'L/16'; it has to be a ModelConfig"),
     ],

@@ -72,12 +72,18 @@ def test_what_holds_no_images_is_named(tmp_path):
     np.savez(tmp_path / "wrong.npz", arr_0=np.zeros((2, 3)))
     np.savez(tmp_path / "other.npz", labels=np.zeros(2))
     (tmp_path / "broken.npz").write_bytes(b"PK broken")
+    np.savez(tmp_path / "none.npz", arr_0=np.zeros((0, 8, 8, 3), np.uint8))
+    np.savez_compressed(tmp_path / "spoilt.npz", arr_0=pictures(4).permute(0, 2, 3, 1).numpy())
+    content = (tmp_path / "spoilt.npz").read_bytes()
+    (tmp_path / "spoilt.npz").write_bytes(content[:60] + b"\xff" * 40 + content[100:])
     Image.new("RGB", (8, 8)).save(tmp_path / "empty" / "0.png")
     Image.new("RGB", (8, 9)).save(tmp_path / "empty" / "1.png")
     for name, words in {
         "wrong.npz": r"arr_0 is float64 of shape \(2, 3\); it has to be uint8",
         "other.npz": "no readable arr_0",
         "broken.npz": "no readable arr_0",
+        "none.npz": r"arr_0 is uint8 of shape \(0, 8, 8, 3\)",
+        "spoilt.npz": "no readable arr_0",
         "nothing.npz": "does not exist",
         "nothing": "nothing does not exist; images come from",
     }.items():
@@ -151,6 +157,22 @@ def test_moments_of_a_reference_file_are_used(tmp_path):
     assert torch.equal(found.rows["pool"], Corners()(images)["pool"])
     own = features.reference_features(Corners(), "dinov2", path, 8, 5, ALONE)  # the file's moments are for Inception
     assert own.gaussians["pool"][0].tolist() != mean.tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("mu", np.full(5, 3.0)),
+        ("sigma", np.full((6, 6), np.nan)),
+        ("mu_s", np.full(3, "x")),
+        ("sigma_s", np.zeros((3, 3), int)),
+    ],
+)
+def test_moments_that_do_not_fit_the_features_are_refused(tmp_path, name, array):
+    moments = {"mu": np.full(6, 3.0), "sigma": np.eye(6), "mu_s": np.full(3, 2.0), "sigma_s": np.eye(3), name: array}
+    path = str(write_npz(tmp_path / "r.npz", pictures(12), **moments))
+    with pytest.raises(InputError, match=rf"r.npz: {name} is .*; finite numbers \(.+\) are needed"):
+        features.reference_features(Corners(), "inception", path, 8, 5, ALONE)
 
 
 def test_a_set_against_itself_and_too_few_images():
@@ -244,9 +266,13 @@ def test_features_of_the_reference_are_computed_once(run, reference, tmp_path, m
     with pytest.raises(TypeError, match="NoneType"):  # other images are computed, and so is a truncated file
         features.reference_features(network, "inception", "synthetic", 32, 5, ALONE, tmp_path)
     kept = tmp_path / "reference-inception.safetensors"
-    kept.write_bytes(kept.read_bytes()[:-100])
-    with pytest.raises(TypeError, match="NoneType"):
-        features.reference_features(network, "inception", reference, 32, 5, ALONE, tmp_path)
+    content = kept.read_bytes()
+    without_metadata = content.replace(b"__metadata__", b"__metadatb__", 1)
+    for damaged in (content[:-100], without_metadata, content.replace(b'"covariance.pool"', b'"covariance.pond"', 1)):
+        assert damaged != content
+        kept.write_bytes(damaged)
+        with pytest.raises(TypeError, match="NoneType"):
+            features.reference_features(network, "inception", reference, 32, 5, ALONE, tmp_path)
 
 
 def test_two_processes_find_what_one_finds(run, reference):

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from pixnerd import InputError, load, load_released, model_source, released
+from pixnerd import InputError, data, load, load_released, model_source, released
 from pixnerd.checkpoints import save_model
 from pixnerd.cli import main, parse
 from pixnerd.config import EvaluationConfig, SamplingConfig
 from pixnerd.evaluation import row_settings
 from pixnerd.explore.demo import open_run
+from pixnerd.metrics.images import content_of, open_images
 from pixnerd.model_source import each_checkpoint, find_model
 from pixnerd.recipes import TEXT_256
 from pixnerd.runs import Run
@@ -114,6 +115,20 @@ def test_what_is_no_model_is_refused(run, tmp_path):
         find_model(GOLDEN / "class_p4.ckpt").load("ema-0.5")
     with pytest.raises(InputError, match="has no checkpoint @5"):
         find_model(f"{run}@5")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "\0", "loop", "loop/run"])
+def test_a_name_that_no_file_can_have_is_one_sentence(run, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    doors = [find_model, load, load_released, Run, open_images, content_of]
+    for kind in ("folder", "imagenet", "prepared", "captions", "shards"):
+        doors.append(lambda name, kind=kind: data.load(f"{kind}:{name}", 16))
+    for door in doors:
+        with pytest.raises(InputError, match=r"cannot be opened: (File name too long|embedded null|Too many levels)"):
+            door(name)
+    with pytest.raises(InputError, match="cannot be opened: File name too long"):
+        find_model(f"{run}@{'9' * 300}")
 
 
 def test_the_same_weights_are_measured_once_under_any_name(run, tmp_path, monkeypatch, capsys):

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -47,6 +48,57 @@ def test_log_is_cut_at_a_step_and_a_half_line_is_left_out(tmp_path):
     run.cut_log(20)
     run.log({"step": 25})
     assert [entry["step"] for entry in run.read_log()] == [10, 20, 25]
+
+
+@pytest.mark.parametrize("line", ['{"step": 20, "lo', "7", '{"loss": 1}', '{"step": "20"}', "", "[" * 100_000, "\0"])
+def test_a_damaged_line_amid_the_log_is_named_and_nothing_after_it_is_dropped(tmp_path, line):
+    run = Run(tmp_path)
+    content = f'{{"step": 10}}\n{line}\n{{"step": 30}}\n'
+    run.log_path.write_text(content)
+    for read in (run.read_log, lambda: run.cut_log(30)):
+        with pytest.raises(InputError, match="line 2 of .*log.jsonl is damaged: mend or remove it"):
+            read()
+    assert run.log_path.read_text() == content
+    run.log_path.write_text(f'{{"step": 10}}\n{line or "x"}')
+    assert run.read_log() == [{"step": 10}]
+
+
+@pytest.mark.parametrize(
+    "rows", [7, [7], [{"settings": {}}], [{"settings": [], "scores": {}}], [{"settings": {}, "scores": {"FID": "low"}}]]
+)
+def test_damaged_metrics_are_named_and_not_overwritten(tmp_path, rows):
+    run, content = Run(tmp_path), json.dumps({"evaluations": rows})
+    (tmp_path / "metrics.json").write_text(content)
+    for use in (run.metrics, lambda: run.evaluation({}), lambda: run.save_metrics({"images": 1})):
+        with pytest.raises(InputError, match="metrics.json is damaged"):
+            use()
+    assert (tmp_path / "metrics.json").read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("arrays", "sentence"),
+    [
+        ({"labels": np.arange(2)}, "holds no samples"),
+        ({"arr_0": np.zeros((2, 4, 4, 3)), "labels": np.arange(2)}, "holds no samples"),
+        ({"arr_0": np.zeros((2, 4, 4), np.uint8), "labels": np.arange(2)}, "holds no samples"),
+        ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.arange(3)}, "2 whole numbers are needed"),
+        ({"arr_0": np.array([Run("x")]), "labels": np.arange(3)}, "is not a readable .npz: Object arrays cannot"),
+    ],
+)
+def test_samples_of_another_kind_are_refused(tmp_path, arrays, sentence):
+    np.savez(tmp_path / "samples.npz", **arrays)
+    with pytest.raises(InputError, match=sentence):
+        Run(tmp_path).load_samples()
+
+
+def test_damaged_samples_are_one_sentence(tmp_path):
+    run = Run(tmp_path)
+    run.save_samples(torch.zeros(2, 3, 8, 8), torch.arange(2), columns=2)
+    content = (tmp_path / "samples.npz").read_bytes()
+    for damaged in (content[:-30], b"", b"text", content.replace(b"arr_0", b"arr_9", 1), content[:60] + content[90:]):
+        (tmp_path / "samples.npz").write_bytes(damaged)
+        with pytest.raises(InputError, match=r"samples.npz (is not a readable .npz|holds no samples)"):
+            run.load_samples()
 
 
 def test_the_same_run_resumes_and_may_become_longer(tmp_path):

@@ -6,12 +6,12 @@ A data set consists of a module and a line in DATA_SETS. Each module is imported
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import lazy_loader
 
 from ..errors import InputError
+from ..files import reachable
 
 if TYPE_CHECKING:
     from .dataset import ImageDataset
@@ -61,7 +61,7 @@ def open_data_set(name: str, image_size: int) -> ImageDataset:
     module, _, opener = source.opener.partition(".")
     opened_by = getattr(importlib.import_module(f".{module}", __name__), opener)
     if any(form.endswith(":PATH") for form in source.forms):
-        argument = str(Path(argument).absolute())  # images are read later, perhaps from another working directory
+        argument = str(reachable(argument).absolute())  # images are read later, perhaps from another working directory
     takes_argument = any(":" in form for form in source.forms)
     return opened_by(argument, image_size) if takes_argument else opened_by(image_size)
 

@@ -3,13 +3,13 @@
 Both are read by index, in any order, because the order of training is a function of (seed, step, position).
 """
 
+import contextlib
 import hashlib
 import io
 import itertools
 import os
 import re
 import tarfile
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import make_folder, replacing
+from ..files import make_folder, read_arrays, replacing
 from .dataset import ImageDataset, cache_folder
 from .pictures import (
     SUFFIXES,
@@ -250,17 +250,19 @@ def _index(shard: Path) -> np.ndarray:
         raise InputError(f"{shard} cannot be read: {error}") from error
     stamp = np.array([state.st_size, state.st_mtime_ns])
     kept = cache_folder() / "shards" / f"{hashlib.sha256(os.fsencode(shard.resolve())).hexdigest()[:16]}.npz"
-    try:
-        with np.load(kept) as file:
-            if np.array_equal(file["stamp"], stamp):
-                return file["samples"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # there is none, it is damaged, or an earlier version wrote it, which did not read labels
+    with contextlib.suppress(InputError):  # there is none, or it is damaged
+        found = read_arrays(kept, ("stamp", "samples"))  # an earlier version, which did not read labels, had others
+        if np.array_equal(found.get("stamp"), stamp) and _is_index(found.get("samples")):
+            return found["samples"]
     rows = _scan(shard)
     make_folder(kept.parent)
     with replacing(kept) as partial:
         np.savez(partial, stamp=stamp, samples=rows)
     return rows
+
+
+def _is_index(samples: np.ndarray | None) -> bool:
+    return samples is not None and samples.dtype == np.int64 and samples.ndim == 2 and samples.shape[1] == 5
 
 
 def _scan(shard: Path) -> np.ndarray:

@@ -4,6 +4,7 @@ The same concepts also exist in five vector styles, which can be drawn at any si
 npm, checked by sha256, and kept in data/emoji. Flags, symbols and skin tones are left out.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -248,8 +249,10 @@ def _draw_all(
 ) -> np.ndarray:
     """Every picture on white at size × size, uint8 [len(pictures), 3, S, S]; cached beside the archive once drawn."""
     kept = cache_folder() / "emoji" / f"{Path(archive.file).stem}-{size}.npy"
-    if kept.is_file():
-        return np.load(kept)
+    with contextlib.suppress(OSError, ValueError, EOFError):  # there is none, or it is damaged
+        found = np.load(kept)
+        if found.shape == (len(pictures), 3, size, size) and found.dtype == np.uint8:
+            return found
     drawn = np.empty((len(pictures), 3, size, size), dtype=np.uint8)
     for i, picture in enumerate(tqdm(pictures, desc=f"drawing {archive.package} at {size} pixels", leave=False)):
         drawn[i] = np.asarray(draw(picture, size)).transpose(2, 0, 1)

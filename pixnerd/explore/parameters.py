@@ -1,7 +1,11 @@
-"""A check of the parameters that papermill injects: papermill itself only warns about unknown names."""
+"""The parameters of a notebook: a check of those that papermill injects, and the folder where a run lands without any.
+
+papermill itself only warns about unknown names.
+"""
 
 import ast
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
@@ -33,6 +37,12 @@ def check_parameters(executed: Sequence[str]) -> None:
         empty = isinstance(value, list) and isinstance(default, list) and not (value and default)
         if _kind(value) != _kind(default) and not empty:
             raise InputError(f"parameter {name} is {value!r}; it has to be {_kind(default)}")
+
+
+def folder_of_run(name: str) -> str:
+    """runs/NAME in the project, wherever a notebook is started; without the project, in the current folder."""
+    project = Path(__file__).parents[2]
+    return str((project if (project / "pyproject.toml").is_file() else Path()).absolute() / "runs" / name)
 
 
 def _assigned(source: str) -> dict[str, Any]:

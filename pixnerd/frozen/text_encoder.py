@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -151,9 +152,16 @@ class CachedEncoder:
 
     def _recall(self, caption: str) -> bool:
         path = self._path(caption)
-        if path.is_file():
-            self._memory[caption] = load_file(path)["features"]
-        return path.is_file()
+        if not path.is_file():
+            return False
+        try:
+            features = load_file(path)["features"]
+        except (SafetensorError, OSError, KeyError):  # damaged: it is encoded again
+            return False
+        if features.shape != (self.length, self.features):
+            return False
+        self._memory[caption] = features
+        return True
 
     def _remember(self, caption: str, features: Tensor) -> None:
         path = self._path(caption)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..distributed import World
 from ..errors import InputError
-from ..files import check_output_file, replacing, writing
+from ..files import check_output_file, read_arrays, replacing, writing
 from .images import Images, content_of, open_images
 from .statistics import Moments, frechet_distance, inception_score, kernel_distance, precision_recall
 
@@ -123,16 +123,29 @@ def reference_features(
         return kept
     found = collect(pooled, own_batches(images, batch_size, world, workers), images.count, world, REFERENCES)
     if source.endswith(".npz") and name == "inception":
-        with np.load(source) as file:
-            if {"mu", "sigma", "mu_s", "sigma_s"} <= set(file.files):
-                names = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-                found.gaussians = {
-                    feature: (torch.from_numpy(file[mean]), torch.from_numpy(file[covariance]))
-                    for feature, (mean, covariance) in names.items()
-                }
+        found.gaussians = _own_moments(Path(source), found.gaussians) or found.gaussians
     if path and world.leads:
         _write_features(path, key, found)
     return found
+
+
+def _own_moments(path: Path, measured: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]] | None:
+    """The Gaussians that a reference .npz brings along; None if it has not all of them.
+
+    Raises InputError unless they fit the measured features and are finite.
+    """
+    names = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+    arrays = read_arrays(path, [name for pair in names.values() for name in pair])
+    if len(arrays) < 4:
+        return None
+    for feature, pair in names.items():
+        for name, own in zip(pair, measured[feature], strict=True):
+            array = arrays[name]
+            if array.dtype.kind != "f" or array.shape != tuple(own.shape) or not np.isfinite(array).all():
+                raise InputError(
+                    f"{path}: {name} is {array.dtype} {array.shape}; finite numbers {tuple(own.shape)} are needed"
+                )
+    return {feature: tuple(torch.from_numpy(arrays[name]) for name in pair) for feature, pair in names.items()}
 
 
 def _write_features(path: Path, key: dict[str, Any], features: Features) -> None:
@@ -149,13 +162,13 @@ def _read_features(path: Path, key: dict[str, Any]) -> Features | None:
         return None
     try:
         with safe_open(path, "pt") as file:
-            if json.loads(file.metadata()["key"]) != key:
+            if json.loads((file.metadata() or {}).get("key", "null")) != key:
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
-    except SafetensorError:
+        names = [name.removeprefix("mean.") for name in tensors if name.startswith("mean.")]
+        gaussians = {name: (tensors[f"mean.{name}"], tensors[f"covariance.{name}"]) for name in names}
+    except (SafetensorError, OSError, ValueError, KeyError):  # damaged: it is computed again
         return None
-    names = [name.removeprefix("mean.") for name in tensors if name.startswith("mean.")]
-    gaussians = {name: (tensors[f"mean.{name}"], tensors[f"covariance.{name}"]) for name in names}
     rows = {name.removeprefix("rows."): x for name, x in tensors.items() if name.startswith("rows.")}
     return Features(key["images"], gaussians, rows)
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from .. import data
 from ..data.pictures import PictureFiles, find_pictures, in_threads, read_pixels, upright_size
 from ..errors import InputError
-from ..files import content_hash
+from ..files import content_hash, reachable
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def open_images(source: str | Path, image_size: int | None = None) -> Images:
     Raises:
         InputError: the source has no images, or pictures of different sizes that are not cropped.
     """
-    path = Path(source)
+    path = reachable(source)
     if path.suffix == ".npz":
         with _array(path) as (_, shape):
             return Images(shape[0], functools.partial(_npz_batches, path))
@@ -101,7 +101,7 @@ def content_of(source: str | None) -> str | None:
         source: a path, the name of a data set with its path, such as folder:PATH, or any other name.
     """
     kind, _, argument = (source or "").partition(":")
-    path = Path(argument if kind in data.DATA_SETS else source or "")
+    path = reachable(argument if kind in data.DATA_SETS else source or "")
     if not (source and path.name) or not path.exists():
         return None
     if (path / "config.json").is_file() and (path / "samples.npz").is_file():
@@ -126,14 +126,14 @@ def _array(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, int, int, int]]]:
                 np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             )
             shape, by_column, dtype = read_header(file)
-            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or by_column:
+            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1 or by_column:
                 raise InputError(f"{path}: arr_0 is {dtype} of shape {shape}; it has to be uint8 [N, H, W, 3]")
             yield file, shape
     except InputError:  # a ValueError too, but already with a sentence
         raise
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
-    except (zipfile.BadZipFile, KeyError, EOFError, ValueError) as error:
+    except Exception as error:  # zipfile, zlib and numpy each have their own
         raise InputError(f"{path} is not a file of images: it has no readable arr_0") from error
 
 

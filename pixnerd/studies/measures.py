@@ -210,7 +210,7 @@ def feature_agreement(features: dict[str, tuple[Tensor, Tensor]], samples: Sampl
 
 def training_figures(run: Run) -> dict[str, float]:
     """From log.jsonl: loss and gradient norm over the last tenth of the log, spikes of the norm, seconds a step."""
-    log, batch_size = run.read_log(), run.config().batch_size
+    log = [entry for entry in run.read_log() if entry["loss"] is not None]  # None: every step was skipped
     if not log:
         return {}
     last = log[-max(1, len(log) // 10) :]
@@ -220,7 +220,7 @@ def training_figures(run: Run) -> dict[str, float]:
         "loss": statistics.fmean(entry["loss"] for entry in last),
         "gradient_norm": statistics.fmean(norms[-len(last) :]),
         "gradient_spikes": sum(entry.get("largest_gradient_norm", 0) > SPIKE * usual for entry in log),
-        "seconds_per_step": batch_size / statistics.median(entry["images_per_second"] for entry in log),
+        "seconds_per_step": run.config().batch_size / statistics.median(entry["images_per_second"] for entry in log),
     }
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,20 +25,22 @@ from ..distributed import World, bare, check_sharding, exchange_gradients, join,
 from ..errors import InputError, NonFiniteLoss, WriteError
 from ..fields import NeuralFieldHead
 from ..model import PatchDenoiser
-from ..model_source import load
+from ..model_source import ModelSource, find_model
 from ..randomness import Purpose, derived_seed
 from ..runs import Run
 from ..text import build_network
 from .batches import Batch, check_shared_memory, load_datasets, step_batches
 from .losses import LossTerm, loss_terms, velocity_measure
-from .meters import Board, LossWindow, SpeedMeter
+from .meters import Bad, Board, LossWindow, SpeedMeter, StepPart
+
+MOST_SKIPPED = 10  # steps in a row without a finite loss and gradient; a run that goes on like this is lost
 
 
 class StepRecord(NamedTuple):
     """What `train` yields after every step."""
 
     step: int  # steps completed, 1 … config.steps
-    loss: Tensor  # 0-dim, on the training device: float(loss) waits for a GPU
+    loss: Tensor  # 0-dim, on the training device: float(loss) waits for a GPU; of a skipped step, maybe not finite
     learning_rate: float
     model: PatchDenoiser  # the moving average so far; it changes with the next step
 
@@ -75,10 +77,11 @@ def train(config: TrainConfig, device: torch.device | None = None) -> Iterator[S
         check_shared_memory(config, world)
         conditions = training_conditions(config, dataset, world.device)
     checkpoint = leaders_checkpoint(run.checkpoints, world)
-    job = Job(config, run, datasets, conditions, loss_terms(config, world), world)
+    start = leaders_start(config, world) if checkpoint is None and config.start_from else None
+    job = Job(config, run, datasets, conditions, loss_terms(config, world), world, start)
     with world.together():
-        if checkpoint is None and config.start_from:
-            check_start(config, conditions.num_classes)
+        if start is not None:
+            check_start(start, config, conditions.num_classes)
         check_classes(run, checkpoint, conditions.num_classes)
         if job.compiles:
             check_compiler(world.device)
@@ -108,9 +111,20 @@ def check_classes(run: Run, checkpoint: Path | None, num_classes: int | None) ->
         )
 
 
-def check_start(config: TrainConfig, num_classes: int | None) -> None:
-    """Raise InputError unless the weights of `config.start_from` fit the configured network."""
-    source = load(config.start_from)
+def leaders_start(config: TrainConfig, world: World) -> ModelSource:
+    """The weights that the leading process finds under the name `config.start_from`, on every process.
+
+    Raises:
+        InputError: in every process, if one of them cannot read them.
+    """
+    with world.together():
+        source = find_model(config.start_from) if world.leads else None
+    return world.from_leader(source).settled(world)
+
+
+def check_start(start: ModelSource, config: TrainConfig, num_classes: int | None) -> None:
+    """Raise InputError unless the weights to start from fit the configured network."""
+    source = start.load()
     with torch.device("meta"):
         model = build_network(config.model, num_classes)
     theirs, ours = (type(network).__name__ for network in (source, model))
@@ -137,6 +151,8 @@ class Job:
     terms: list[LossTerm]
     """the losses added to the velocity loss"""
     world: World
+    start: ModelSource | None = None
+    """the weights that a new run starts from; None: random ones"""
 
     @property
     def bf16(self) -> bool:
@@ -163,18 +179,21 @@ class TrainingState:
     """the step of the newest checkpoint"""
     consistent: bool = True
     """False during an update and after a non-finite loss: the state must not be saved then"""
+    skipped: int = 0
+    """the newest steps that were skipped, in a row"""
     window: LossWindow = field(default_factory=LossWindow)
 
 
-def build_models(config: TrainConfig, num_classes: int | None, world: World, fresh: bool) -> dict[str, PatchDenoiser]:
+def build_models(job: Job) -> dict[str, PatchDenoiser]:
     """The model to train, "model", and its moving averages, "ema" and one per extra decay, all equal at first."""
-    models = {}
+    config, world, models = job.config, job.world, {}
     for name in ("model", *config.ema_decays):
         with torch.random.fork_rng():
             torch.manual_seed(derived_seed(config.seed, Purpose.INITIAL_WEIGHTS))
-            models[name] = build_network(config.model, num_classes, config.recompute).to(world.device)
-    if fresh and config.start_from:
-        weights = load(config.start_from, device=world.device).state_dict()
+            models[name] = build_network(config.model, job.conditions.num_classes, config.recompute).to(world.device)
+    if job.start is not None:
+        with world.together():
+            weights = job.start.load(device=world.device).state_dict()
         for model in models.values():
             model.load_state_dict(weights)
     for name, model in models.items():
@@ -188,7 +207,7 @@ def build_models(config: TrainConfig, num_classes: int | None, world: World, fre
 def build_state(job: Job, checkpoint: Path | None) -> TrainingState:
     """Models and optimiser, fresh or restored from a checkpoint."""
     config, world = job.config, job.world
-    models = build_models(config, job.conditions.num_classes, world, fresh=checkpoint is None)
+    models = build_models(job)
     model = models["model"].train()
     for term in job.terms:
         if term.trained is not None:
@@ -197,7 +216,7 @@ def build_state(job: Job, checkpoint: Path | None) -> TrainingState:
     optimizer = torch.optim.AdamW(trained, betas=config.betas, weight_decay=config.weight_decay, fused=True)
     step = 0
     if checkpoint is not None:
-        step = load_training_state(checkpoint, models, optimizer)
+        step = load_training_state(checkpoint, models, optimizer, world)
     if world.leads:
         job.run.cut_log(step)  # also to nothing, after a kill before the first checkpoint
     if job.compiles:
@@ -255,13 +274,17 @@ def _steps(job: Job, checkpoint: Path | None) -> Iterator[StepRecord]:
                 settled = True
             # ================================================ one step ================================================
             loss = compute_gradients(job, state, batch)
-            if logs or saves or world.device.type != "cuda":  # the check stalls a GPU
+            if config.non_finite == "skip":
+                skip_unless_finite(job, state)
+            elif logs or saves or world.device.type != "cuda":  # the check stalls a GPU
                 check_finite(job, state)
             lr = update_weights(job, state)
             # ==========================================================================================================
             if logs:
                 entry = {"step": state.step, **state.window.summary(world), "learning_rate": lr}
-                entry |= speed.read(len(state.window.losses) * config.batch_size)
+                entry |= speed.read(state.window.steps * config.batch_size)
+                if config.non_finite == "skip":
+                    entry["skipped"] = state.window.skipped
                 if board is not None:
                     job.run.log(entry)
                     board.add(entry)
@@ -299,7 +322,7 @@ def compute_gradients(job: Job, state: TrainingState, batch: Batch) -> Tensor:
     tap = next((term.tap for term in terms if term.tap is not None), None)
     networks = [state.network, *(term.trained for term in terms if term.trained is not None)]
     state.optimizer.zero_grad()
-    means = []
+    means, measured = [], []
     for number, part in enumerate(batch.parts(config.accumulate), start=1):
         for network in networks:
             exchange_gradients(network, number == config.accumulate)
@@ -313,33 +336,53 @@ def compute_gradients(job: Job, state: TrainingState, batch: Batch) -> Tensor:
                 total = total + term.weight * values[term.name]
         (total / config.accumulate).backward()
         means.append(losses.mean.detach())
-        state.window.add_part(losses.per_image, {name: value.detach() for name, value in values.items()})
+        measured.append(StepPart(losses.per_image, {name: value.detach() for name, value in values.items()}))
     trained = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
     if config.clip is not None:
         nn.utils.clip_grads_with_norm_(trained, config.clip, norm)
     loss = world.mean(torch.stack(means).mean())
-    state.window.add_step(loss, norm, batch.t)
+    state.window.add_step(loss, norm, measured, batch.t)
     return loss
 
 
 def check_finite(job: Job, state: TrainingState) -> None:
     """Raise NonFiniteLoss if a loss, or a gradient, since the last log entry was not finite."""
     if (bad := state.window.first_bad()) is not None:
-        state.consistent = False
-        folder, saved = job.run.checkpoints, state.saved
-        kept = f"step {saved} is kept in {folder}" if saved else "there was no checkpoint yet"
-        raise NonFiniteLoss(f"the {bad.what} of step {state.step + 2 - bad.ago} is not finite; {kept}")
+        stop_at(bad, job, state)
+
+
+def skip_unless_finite(job: Job, state: TrainingState) -> None:
+    """Have the next update skipped if the loss or the gradient is not finite; every process finds the same.
+
+    Raises NonFiniteLoss when it is the last of MOST_SKIPPED such steps in a row.
+    """
+    bad = state.window.first_bad()  # of the last step, since skipped ones are not in the window
+    state.skipped = state.skipped + 1 if bad else 0
+    if state.skipped == MOST_SKIPPED:
+        stop_at(bad, job, state)
+    if bad:
+        state.window.skip_step()
+
+
+def stop_at(bad: Bad, job: Job, state: TrainingState) -> NoReturn:
+    """Raise NonFiniteLoss, which names the step and the last good checkpoint."""
+    state.consistent = False
+    folder, saved, before = job.run.checkpoints, state.saved, max(0, state.skipped - 1)
+    kept = f"step {saved} is kept in {folder}" if saved else "there was no checkpoint yet"
+    skipped = f", and the {before} steps before it were skipped" if before else ""
+    raise NonFiniteLoss(f"the {bad.what} of step {state.step + 2 - bad.ago} is not finite{skipped}; {kept}")
 
 
 def update_weights(job: Job, state: TrainingState) -> float:
-    """Update the weights with AdamW, then the moving averages; returns the step's learning rate."""
+    """Update the weights with AdamW, then the moving averages, or skip both; returns the step's learning rate."""
     lr = learning_rate(job.config, state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.consistent = False
-    state.optimizer.step()
-    update_averages(state.models, job.config, state.step + 1)
+    if not state.skipped:
+        state.optimizer.step()
+        update_averages(state.models, job.config, state.step + 1)
     state.step += 1
     state.consistent = True
     return lr

@@ -20,27 +20,43 @@ class Bad(NamedTuple):
     ago: int  # steps ago, 1 = the last step
 
 
+class StepPart(NamedTuple):
+    """What one process measured in a part of a step."""
+
+    per_image: Tensor  # [B] velocity losses
+    terms: dict[str, Tensor]  # the other terms by name, 0-dim each
+
+
 class LossWindow:
-    """The losses since the last log entry: their mean, and the mean for each tenth of t in [0, 1]."""
+    """The losses since the last log entry: their mean, and the mean for each tenth of t in [0, 1].
+
+    Every list has one entry per step; a step that was skipped is only counted.
+    """
 
     def __init__(self) -> None:
         self.losses: list[Tensor] = []  # 0-dim each, averaged over all processes
         self.norms: list[Tensor] = []  # 0-dim each, of the full gradient before clipping
-        self.terms: dict[str, list[Tensor]] = {}  # by loss term, 0-dim each, of this process
-        self.per_image: list[Tensor] = []  # [B] each, of this process
+        self.parts: list[list[StepPart]] = []  # of this process
         self.times: list[Tensor] = []  # [B] each, of this process
+        self.skipped = 0
 
-    def add_part(self, per_image: Tensor, terms: dict[str, Tensor]) -> None:
-        """Add the velocity losses [B] of a part of a step, and its other terms, 0-dim each."""
-        self.per_image.append(per_image)
-        for name, value in terms.items():
-            self.terms.setdefault(name, []).append(value)
-
-    def add_step(self, loss: Tensor, norm: Tensor, t: Tensor) -> None:
-        """Add the loss of a step over all processes, its gradient norm, and this process's times [B]."""
+    def add_step(self, loss: Tensor, norm: Tensor, parts: list[StepPart], t: Tensor) -> None:
+        """Add the loss of a step over all processes, its gradient norm, and this process's parts and times [B]."""
         self.losses.append(loss)
         self.norms.append(full_tensor(norm))
+        self.parts.append(parts)
         self.times.append(t)
+
+    def skip_step(self) -> None:
+        """Forget the values of the last step, and count it."""
+        for values in (self.losses, self.norms, self.parts, self.times):
+            values.pop()
+        self.skipped += 1
+
+    @property
+    def steps(self) -> int:
+        """Steps since the last log entry, skipped ones included."""
+        return len(self.losses) + self.skipped
 
     def first_bad(self) -> Bad | None:
         """The first loss or gradient that is not finite; None if all are finite."""
@@ -54,16 +70,22 @@ class LossWindow:
         """loss, gradient_norm and the largest one, the other terms by name, and loss_by_t: ten means, None for a tenth
         without images.
 
-        Every process has to call it.
+        If every step was skipped, all are None. Every process has to call it.
         """
-        per_image, t = (world.gather(torch.cat(values)).cpu() for values in (self.per_image, self.times))
+        if not self.losses:
+            return {"loss": None, "gradient_norm": None, "largest_gradient_norm": None, "loss_by_t": [None] * 10}
+        parts = [part for step in self.parts for part in step]
+        losses = torch.cat([part.per_image for part in parts])
+        per_image, t = (world.gather(values).cpu() for values in (losses, torch.cat(self.times)))
         tenth = (10 * t).long().clamp(max=9)
         count = torch.bincount(tenth, minlength=10)
         total = torch.bincount(tenth, per_image.double(), minlength=10)
         by_t = [round(float(a / n), 6) if n else None for a, n in zip(total, count, strict=True)]
         means = {"loss": torch.stack(self.losses).mean(), "gradient_norm": torch.stack(self.norms).mean()}
         means["largest_gradient_norm"] = torch.stack(self.norms).max()
-        means |= {name: world.mean(torch.stack(values).mean()) for name, values in self.terms.items()}
+        for name in dict.fromkeys(name for part in parts for name in part.terms):
+            values = [part.terms[name] for part in parts if name in part.terms]
+            means[name] = world.mean(torch.stack(values).mean())
         return {**{name: float(value) for name, value in means.items()}, "loss_by_t": by_t}
 
 

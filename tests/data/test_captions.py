@@ -405,14 +405,14 @@ def test_hidden_folders_in_shards_are_ignored(tmp_path):
 def test_an_index_that_is_damaged_or_of_an_earlier_version_is_made_again(shards, cache, monkeypatch):
     data.load(f"shards:{shards}", 16)
     scanned = opened(monkeypatch)
-    for spoil in (b"", b"PK\3\4 cut", None):
+    for spoil in (b"", b"PK\3\4 cut", "rows", "samples"):
         for path in cache.iterdir():
-            if spoil is not None:
+            if isinstance(spoil, bytes):
                 path.write_bytes(spoil)
                 continue
             with np.load(path) as file:  # before labels were read
                 stamp, rows = file["stamp"], file["samples"][:, :4]
-            np.savez(path, stamp=stamp, rows=rows)
+            np.savez(path, stamp=stamp, **{spoil: rows})
         assert list(data.load(f"shards:{shards}", 16).captions) == CAPTIONS
         assert sorted(scanned) == ["a.tar", "b.tar", "c.tar"]
         scanned.clear()

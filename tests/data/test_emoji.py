@@ -85,6 +85,16 @@ def test_drawn_concepts_of_our_groups_on_white_in_order(archives):
     assert data.load("emoji:all", 32).pixels(2).shape == (3, 32, 32)
 
 
+def test_damaged_drawings_in_the_cache_are_drawn_again(archives):
+    right = data.load("emoji:all", 16).pixels(0)
+    [kept] = archives.glob("*-16.npy")
+    content = kept.read_bytes()
+    for damaged in (b"", b"text", content[:-1], content[:60], content.replace(b"(3, 3, 16, 16)", b"(3, 3, 8, 32) ", 1)):
+        kept.write_bytes(damaged)
+        assert data.load("emoji:all", 16).pixels(0).equal(right)
+        assert kept.read_bytes() == content
+
+
 def test_splits_share_no_concept(archives, monkeypatch):
     monkeypatch.setattr(emoji, "is_held_out", lambda code: code == "1f355")
     assert data.load("emoji", 16).captions == [("red heart",), ("grinning face", "grinning face, happy")]

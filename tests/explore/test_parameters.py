@@ -1,7 +1,13 @@
+from pathlib import Path
+
+import nbformat
 import pytest
 
 from pixnerd import InputError
-from pixnerd.explore.parameters import check_parameters
+from pixnerd.explore import parameters
+from pixnerd.explore.parameters import check_parameters, folder_of_run
+
+from ..notebooks.notebook_files import SCALE
 
 DEFAULTS = 'out = "runs/x"\nsteps = [4, 2]\nrates = [0.1]\nflags = []\nfast = True\nseed = 0'
 
@@ -48,3 +54,17 @@ def test_the_cell_that_ran_last_counts():
     with pytest.raises(InputError, match="unknown parameter seeds"):
         check_parameters(again)
     check_parameters([*again, "# Parameters\nseed = 3"])
+
+
+def test_a_run_without_a_name_lands_in_the_project_wherever_the_notebook_is_started(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Path(folder_of_run("x")) == Path(__file__).parents[2] / "runs" / "x"
+    monkeypatch.setattr(parameters, "__file__", str(tmp_path / "a" / "b" / "parameters.py"))
+    assert Path(folder_of_run("x")) == tmp_path / "runs" / "x"
+
+
+@pytest.mark.parametrize("path", SCALE, ids=lambda path: path.stem)
+def test_no_parameter_leads_out_of_the_folder_where_papermill_was_started(path):
+    cells = nbformat.read(path, as_version=4).cells
+    (defaults,) = (cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
+    assert "../" not in defaults

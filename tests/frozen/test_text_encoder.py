@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pixnerd import InputError
 from pixnerd.frozen.text_encoder import CachedEncoder, TransformersEncoder, load_encoder
@@ -48,6 +49,23 @@ def test_nothing_is_encoded_twice_in_memory_or_on_disk(tmp_path):
     again = Counting()
     assert CachedEncoder(again, tmp_path)(["cow", "cat"]).equal(cached(["cow", "cat"]))
     assert again.seen == []
+
+
+def test_features_that_are_damaged_on_disk_are_encoded_again(tmp_path):
+    right = CachedEncoder(Counting(), tmp_path)(["cat"])
+    [path] = tmp_path.rglob("*.safetensors")
+    for damage in (
+        lambda: path.write_bytes(path.read_bytes()[:-3]),
+        lambda: save_file({"features": torch.zeros(1, 3)}, path),
+        lambda: save_file({"other": torch.zeros(2, 3)}, path),
+    ):
+        damage()
+        inner = Counting()
+        assert CachedEncoder(inner, tmp_path)(["cat"]).equal(right)
+        assert inner.seen == ["cat"]
+        inner.seen.clear()
+        assert CachedEncoder(inner, tmp_path)(["cat"]).equal(right)
+        assert inner.seen == []
 
 
 def test_another_length_is_another_cache(tmp_path):

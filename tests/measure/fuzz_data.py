@@ -6,30 +6,20 @@ Prints how many were read and how many were refused with one sentence; ends with
 another exception, more than a minute for one case, a byte unpickled, or a file of the input changed.
 """
 
-import argparse
-import collections
-import faulthandler
 import io
 import json
-import os
-import pickle
 import random
-import shutil
-import sys
 import tarfile
-import tempfile
-import traceback
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from pixnerd import InputError, data
+from pixnerd import data
 from pixnerd.metrics.images import open_images
 
-HANG = 60  # seconds
+from .fuzzing import Use, keeping, mutated, replace_one, run_cases
+
 KINDS = ("picture", "captions", "shard", "prepared")
 MODES = {
     "png": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"),
@@ -39,20 +29,6 @@ MODES = {
     "bmp": ("RGB", "L", "P", "1"),
     "tiff": ("RGB", "RGBA", "L", "CMYK", "I;16", "F", "I", "LAB", "YCbCr"),
 }
-WORDS = (
-    b"\0",
-    b"\xff" * 4,
-    b"\n",
-    b"\r",
-    b"\xef\xbb\xbf",
-    b"\xe9",
-    b"{",
-    b"-1",
-    b"1e999",
-    b"../",
-    b"cos\nsystem\n(",
-    b"",
-)
 
 
 def picture(draw: random.Random) -> tuple[str, bytes]:
@@ -78,50 +54,6 @@ def picture(draw: random.Random) -> tuple[str, bytes]:
     return suffix, stream.getvalue()
 
 
-def mutated(content: bytes, draw: random.Random, near: float = 0.6) -> bytes:
-    """Up to four changes: bytes flipped, cut, doubled, removed or replaced; `near` of them near the beginning."""
-    changed = bytearray(content)
-    for _ in range(draw.choice((0, 1, 1, 2, 4))):
-        if not changed:
-            break
-        place = (
-            min(int(draw.expovariate(1 / 60)), len(changed) - 1)
-            if draw.random() < 0.6
-            else draw.randrange(len(changed))
-        )
-        match draw.randrange(7):
-            case 0:
-                changed[place] ^= 1 << draw.randrange(8)
-            case 1:
-                changed[place] = draw.randrange(256)
-            case 2:
-                del changed[place:]
-            case 3:
-                del changed[place : place + draw.randint(1, 64)]
-            case 4:
-                changed[place:place] = changed[place : place + draw.randint(1, 64)]
-            case 5:
-                changed[place : place + 4] = draw.choice((0, 1, 2**31, 2**32 - 1, 65_536)).to_bytes(
-                    4, draw.choice(("big", "little"))
-                )
-            case 6:
-                changed[place : place + 1] = draw.choice(WORDS)
-    return bytes(changed)
-
-
-def _replace_one(tree: dict | list, draw: random.Random) -> None:
-    """Replace or remove one value somewhere in a JSON tree."""
-    key = draw.choice(list(tree) if isinstance(tree, dict) else range(len(tree)))
-    if isinstance(tree[key], (dict, list)) and tree[key] and draw.random() < 0.6:
-        _replace_one(tree[key], draw)
-    elif draw.random() < 0.2:
-        del tree[key]
-    else:
-        tree[key] = draw.choice(
-            (None, -1, 0, 1, 2**40, 1.5, float("nan"), "", "x", "../x", [], [-1], {}, {"x": 1}, True)
-        )
-
-
 def read_all(name: str) -> None:
     """Everything that training, `data` and `evaluate` read of a data set."""
     images = data.load(name, 16)
@@ -132,23 +64,23 @@ def read_all(name: str) -> None:
             assert batch.shape[1:] == (3, 16, 16)
 
 
-def picture_case(folder: Path, draw: random.Random) -> Callable[[], None]:
+def picture_case(folder: Path, draw: random.Random) -> Use:
     suffix, content = picture(draw)
     (folder / "class").mkdir()
     for number in range(2):
         (folder / "class" / f"{number}.{suffix}").write_bytes(mutated(content, draw, near=0.3))
-    return lambda: read_all(f"folder:{folder}")
+    return keeping(folder, lambda: read_all(f"folder:{folder}"))
 
 
-def captions_case(folder: Path, draw: random.Random) -> Callable[[], None]:
+def captions_case(folder: Path, draw: random.Random) -> Use:
     suffix, content = picture(draw)
     (folder / draw.choice((f"cat.{suffix}", f"CAT.{suffix.upper()}"))).write_bytes(content)
     text = "".join(draw.choice(("a cat", "ein Hörnchen", "\n", "\r\n", "\u2028", " ", "猫")) for _ in range(6))
     (folder / draw.choice(("cat.txt", "CAT.TXT"))).write_bytes(mutated(text.encode(), draw))
-    return lambda: read_all(f"captions:{folder}")
+    return keeping(folder, lambda: read_all(f"captions:{folder}"))
 
 
-def shard_case(folder: Path, draw: random.Random) -> Callable[[], None]:
+def shard_case(folder: Path, draw: random.Random) -> Use:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=draw.choice((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT))) as tar:
         ends = draw.choice(((".txt",), (".cls",), (".txt", ".cls", ".json")))
@@ -166,10 +98,10 @@ def shard_case(folder: Path, draw: random.Random) -> Callable[[], None]:
                         tar.addfile(member, io.BytesIO(value))
     content = stream.getvalue()
     (folder / "0.tar").write_bytes(mutated(content, draw, near=0.1) if draw.random() < 0.5 else content)
-    return lambda: read_all(f"shards:{folder}")
+    return keeping(folder, lambda: read_all(f"shards:{folder}"))
 
 
-def prepared_case(folder: Path, draw: random.Random) -> Callable[[], None]:
+def prepared_case(folder: Path, draw: random.Random) -> Use:
     source, copy = folder / "source", folder / "copy"
     (source / "class").mkdir(parents=True)
     for number in range(2):
@@ -179,7 +111,7 @@ def prepared_case(folder: Path, draw: random.Random) -> Callable[[], None]:
     chosen = draw.choice([path for path in sorted(copy.iterdir()) if path.suffix in (".json", ".npy")])
     if chosen.suffix == ".json" and draw.random() < 0.6:
         content = json.loads(chosen.read_text())
-        _replace_one(content, draw)
+        replace_one(content, draw)
         chosen.write_text(json.dumps(content))
     else:
         chosen.write_bytes(mutated(chosen.read_bytes(), draw))
@@ -193,50 +125,8 @@ def prepared_case(folder: Path, draw: random.Random) -> Callable[[], None]:
     return use
 
 
-def outcome(use: Callable[[], None]) -> str:
-    """ "read", "refused", or what must not happen."""
-    try:
-        use()
-    except InputError as error:
-        return "refused" if str(error).strip() and "\n" not in str(error) else f"not one sentence: {error}"
-    except BaseException:
-        return traceback.format_exc()
-    return "read"
-
-
-def unpickled(*_: object, **__: object) -> None:
-    raise AssertionError("something was unpickled")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--cases", type=int, default=1200)
-    parser.add_argument("--first", type=int, default=0, help="number of the first case: one case again, or in pieces")
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")  # Pillow's, about damaged metadata
-    pickle.load = pickle.loads = pickle.Unpickler = unpickled
-    counts: collections.Counter[tuple[str, str]] = collections.Counter()
-    faults = 0
-    for number in range(options.first, options.first + options.cases):
-        kind, draw = KINDS[number % len(KINDS)], random.Random(number)
-        root = Path(tempfile.mkdtemp())
-        os.environ["PIXNERD_DATA"] = str(root / "cache")
-        (root / "input").mkdir()
-        use = globals()[f"{kind}_case"](root / "input", draw)
-        before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
-        faulthandler.dump_traceback_later(HANG, exit=True)  # a hang may be inside C
-        found = outcome(use)
-        faulthandler.cancel_dump_traceback_later()
-        if kind != "prepared" and any(path.read_bytes() != content for path, content in before.items()):
-            found = "the input was changed"
-        if found not in ("read", "refused"):
-            faults += 1
-            print(f"case {number}, {kind}: {found}")
-            found = "FAULT"
-        counts[kind, found] += 1
-        shutil.rmtree(root)
-    print(json.dumps({f"{kind} {found}": count for (kind, found), count in sorted(counts.items())}, indent=2))
-    sys.exit(bool(faults))
+    run_cases({kind: globals()[f"{kind}_case"] for kind in KINDS}, 1200)
 
 
 if __name__ == "__main__":

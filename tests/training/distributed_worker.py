@@ -1,21 +1,25 @@
 """What the processes of test_distributed.py do.
 
-torchrun -m tests.training.distributed_worker FOLDER straight|killed|resumed|again|listings
+torchrun -m tests.training.distributed_worker FOLDER straight|killed|resumed|again|listings|skips|starts
 """
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pixnerd import InputError, checkpoints
+from pixnerd import InputError, checkpoints, flow
 from pixnerd.distributed import join, leave
 from pixnerd.model import ModelConfig
-from pixnerd.training import TrainConfig, train
+from pixnerd.training import TrainConfig, loop, train
 
 STEPS, KILLED_AFTER = 20, 7
 WAYS = {
@@ -77,6 +81,59 @@ def again(folder: Path) -> None:
                 pass
 
 
+def skips(folder: Path) -> None:
+    """Runs in which process 1 alone overflows at two steps, straight through and given up between them."""
+    given_up = []
+    for way in ("replicated", "sharded", "accumulated"):
+        for name in ("straight", "resumed"):
+            settings = dataclasses.replace(config(folder / name, way), non_finite="skip")
+            with overflowing(3, KILLED_AFTER + 4):
+                if name == "resumed":
+                    records = train(settings, torch.device("cpu"))
+                    given_up.append(records)  # not closed: it saves nothing
+                    while next(records).step < KILLED_AFTER + 2:
+                        pass
+                for _ in train(settings, torch.device("cpu")):
+                    pass
+
+
+@contextlib.contextmanager
+def overflowing(*steps: int) -> Iterator[None]:
+    """Make the gradient infinite at these steps, of process 1 if there are several; the loss stays finite."""
+    compute, true_loss, now = loop.compute_gradients, flow.loss, 0
+
+    def compute_gradients(job, state, batch):
+        nonlocal now
+        now = state.step + 1
+        return compute(job, state, batch)
+
+    def loss(*arguments):
+        losses, world = true_loss(*arguments), join(torch.device("cpu"))
+        if now in steps and world.rank == world.size - 1:
+            losses.mean.register_hook(lambda gradient: gradient * math.inf)
+        return losses
+
+    loop.compute_gradients, flow.loss = compute_gradients, loss
+    try:
+        yield
+    finally:
+        loop.compute_gradients, flow.loss = compute, true_loss
+
+
+def starts(folder: Path) -> None:
+    """A new run starts from another one, of which each process finds a different newest checkpoint."""
+    world = join(torch.device("cpu"))
+    settings = config(folder / "first", "sharded")
+    for _ in train(dataclasses.replace(settings, steps=2, checkpoint_every=1), world.device):
+        pass
+    listed = checkpoints.newest_checkpoint
+    checkpoints.newest_checkpoint = lambda path: listed(path) and path / f"step-{2 - world.rank}"
+    start = str(folder / "first" / "sharded")
+    settings = dataclasses.replace(config(folder / "second", "sharded"), steps=1, learning_rate=1e-30, start_from=start)
+    for _ in train(settings, world.device):
+        pass
+
+
 def listings(folder: Path) -> None:
     """What every process says of a run's checkpoints when their listings differ, and when one cannot read them."""
     world, run = join(), folder / "run" / "checkpoints"
@@ -99,13 +156,14 @@ def refuse(path: Path) -> None:
     raise InputError(f"{path.name} is not here")
 
 
-def alone(folder: Path, way: str) -> list[float]:
+def alone(folder: Path, way: str, **changes: Any) -> list[float]:
     """The losses of the same run, or of its remaining steps, in one process that holds the full model."""
-    records = train(dataclasses.replace(config(folder, way), shard=False), torch.device("cpu"))
+    records = train(dataclasses.replace(config(folder, way), shard=False, **changes), torch.device("cpu"))
     return [float(record.loss) for record in records]
 
 
 if __name__ == "__main__":
     place, what = Path(sys.argv[1]), sys.argv[2]
-    {"again": again, "listings": listings}.get(what, lambda place: work(place, kill=what == "killed"))(place)
+    functions = {"again": again, "listings": listings, "skips": skips, "starts": starts}
+    functions.get(what, lambda place: work(place, kill=what == "killed"))(place)
     leave()

@@ -32,8 +32,8 @@ def train_in_a_child(request, rank, group, port):
     if pid:
         return pid
     os.setpgid(0, group or 0)
-    for number in (signal.SIGHUP, signal.SIGINT):  # nohup and a shell's & have them ignored, which training respects
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup and a shell's & would have the run ignore them
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if request["ranks"] > 1:
         size = str(request["ranks"])
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)

@@ -108,6 +108,28 @@ def test_more_than_two_processes_resume_bit_for_bit(tmp_path, processes):
         assert len(losses[0]) == STEPS
 
 
+def test_two_processes_skip_what_one_of_them_cannot_use(tmp_path):
+    """The same steps, also in a resumed run, and with the result of a single process that skips them."""
+    assert torchrun("tests.training.distributed_worker", tmp_path, "skips").wait() == 0
+    for way in ("replicated", "sharded", "accumulated"):
+        straight, resumed = (tmp_path / name / way for name in ("straight", "resumed"))
+        last = f"checkpoints/step-{STEPS}"
+        assert tensors(resumed / last) == tensors(straight / last), way
+        assert [entry["skipped"] for entry in Run(resumed).read_log()] == [1, 0, 1, 0]
+        with distributed_worker.overflowing(3, KILLED_AFTER + 4):
+            distributed_worker.alone(tmp_path / "alone", way, non_finite="skip")
+        mine, theirs = load(tmp_path / "alone" / way).state_dict(), load(straight).state_dict()
+        for name, weight in mine.items():
+            torch.testing.assert_close(theirs[name], weight, atol=2e-3, rtol=1e-2)
+
+
+def test_the_leading_process_decides_from_which_checkpoint_a_run_starts(tmp_path):
+    assert torchrun("tests.training.distributed_worker", tmp_path, "starts").wait() == 0
+    leaders, found = load(f"{tmp_path}/first/sharded@2").state_dict(), load(tmp_path / "second/sharded").state_dict()
+    assert all(found[name].equal(weight) for name, weight in leaders.items())
+    assert not all(found[name].equal(w) for name, w in load(f"{tmp_path}/first/sharded@1").state_dict().items())
+
+
 def test_the_leading_process_decides_which_checkpoint_is_resumed(tmp_path):
     """The processes list different newest checkpoints; later one of them cannot read the leader's."""
     assert torchrun("tests.training.distributed_worker", tmp_path, "listings", processes=3).wait() == 0

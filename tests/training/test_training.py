@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -10,16 +11,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from pixnerd import InputError, ModelConfig, data, flow, load, training
+from pixnerd import InputError, ModelConfig, data, flow, load, plots, training
 from pixnerd.checkpoints import newest_checkpoint
-from pixnerd.conditions import training_conditions
+from pixnerd.conditions import Labels, training_conditions
+from pixnerd.distributed import World
 from pixnerd.errors import WriteError
 from pixnerd.model import PixNerd
 from pixnerd.randomness import Purpose, derived_seed, normal, permuted, random_bits
 from pixnerd.runs import Run
 from pixnerd.text import TextModelConfig
 from pixnerd.training import NonFiniteLoss, TrainConfig, draw_step, step_indices, step_size, train
+from pixnerd.training.batches import step_batches
 
 from ..plain import network
 
@@ -89,6 +94,34 @@ def test_a_crash_between_checkpoints_loses_only_what_came_after(tmp_path, straig
     assert [record.step for record in train(config_for(folder), CPU)] == list(range(6, 13))
     assert final_files(folder) == final_files(straight[0])
     assert [entry["step"] for entry in Run(folder).read_log()] == [4, 8, 12]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "sentence"),
+    [
+        ("optimizer", lambda t: t.pop("step:head.out.bias"), r"missing \['optimizer:step:head.out.bias'\]"),
+        ("optimizer", lambda t: t.update(x=torch.zeros(1)), r"surplus \['optimizer:x'\]"),
+        (
+            "model",
+            lambda t: t.update({"head.out.bias": torch.zeros(1)}),
+            r"model:head.out.bias has shape \(1,\)",
+        ),
+        ("ema", lambda t: t.pop("head.out.bias"), r"missing \['ema:head.out.bias'\]"),
+    ],
+)
+def test_a_checkpoint_of_another_network_is_refused_and_the_log_kept(tmp_path, straight, file, change, sentence):
+    """What is missing would otherwise stay random, and one number would be copied to all places."""
+    shutil.copytree(straight[0], tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "step-12" / f"{file}.safetensors"
+    with safe_open(path, "pt") as opened:
+        about = opened.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, about)
+    before = (tmp_path / "run" / "log.jsonl").read_bytes()
+    with pytest.raises(InputError, match=sentence):
+        list(train(config_for(tmp_path / "run"), CPU))
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
 
 
 def test_a_finished_run_has_nothing_to_do(straight):
@@ -615,22 +648,109 @@ def test_text_models_train_on_captions_through_the_same_loop(tmp_path, monkeypat
         train(config_for(tmp_path / "e", data="digits", **options), CPU)
 
 
-def test_an_overflowed_gradient_of_a_finite_loss_stops_before_it_reaches_the_weights(tmp_path):
-    config = config_for(tmp_path / "run", checkpoint_every=2, log_every=100)
+@contextlib.contextmanager
+def overflowing(*steps):
+    """Make the gradient infinite at these forward passes of training, counted from 1; the loss stays finite."""
 
     def overflow(module, inputs, output):
-        if isinstance(module, PixNerd) and output.requires_grad and next(calls) == 3:
+        if isinstance(module, PixNerd) and output.requires_grad and next(calls) in steps:
             output.register_hook(lambda gradient: gradient * math.inf)
 
     calls = itertools.count(1)
-    hook = torch.nn.modules.module.register_module_forward_hook(overflow)
-    with pytest.raises(NonFiniteLoss, match="the gradient of step 3 is not finite; step 2 is kept"):
+    with torch.nn.modules.module.register_module_forward_hook(overflow):
+        yield
+
+
+def test_an_overflowed_gradient_of_a_finite_loss_stops_before_it_reaches_the_weights(tmp_path):
+    config = config_for(tmp_path / "run", checkpoint_every=2, log_every=100)
+    with (
+        overflowing(3),
+        pytest.raises(NonFiniteLoss, match="the gradient of step 3 is not finite; step 2 is kept"),
+    ):
         list(train(config, CPU))
-    hook.remove()
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step-2\n"
     for weights in ("model", "ema"):
         assert all(tensor.isfinite().all() for tensor in load(tmp_path / "run", weights=weights).state_dict().values())
     assert [record.step for record in train(config, CPU)] == list(range(3, 13))  # and the run can go on
+
+
+def plain_training(config, skipped):
+    """Weights and moving average of a run with constant learning rate that leaves out the updates of `skipped`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derived_seed(config.seed, Purpose.INITIAL_WEIGHTS))
+        model = PixNerd(MODEL, 10)
+    average = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, config.betas, weight_decay=0.1, fused=True)
+    datasets, first = {16: data.load("synthetic", 16)}, True
+    batches = step_batches(config, datasets, Labels(10), 0, World(0, 1, CPU))
+    for number, batch in enumerate(batches, start=1):
+        if number in skipped:
+            continue
+        optimizer.zero_grad()
+        flow.loss(model, batch.image, batch.condition, batch.noise, batch.t).mean.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        with torch.no_grad():
+            for mean, parameter in zip(average, model.parameters(), strict=True):
+                mean.lerp_(parameter, 1.0 if first else 1 - config.ema_decay)
+        first = False
+    return list(model.parameters()), average
+
+
+def test_a_skipped_step_changes_nothing_and_is_counted(tmp_path):
+    """Two of twelve steps overflow: weights and average are those of a plain loop without these two updates."""
+    config = config_for(tmp_path / "run", non_finite="skip", weight_decay=0.1)
+    with overflowing(3, 6):
+        records = list(train(config, CPU))
+    assert [record.step for record in records] == list(range(1, 13))
+    for name, expected in zip(("model", "ema"), plain_training(config, {3, 6}), strict=True):
+        for found, wanted in zip(load(tmp_path / "run", weights=name).parameters(), expected, strict=True):
+            torch.testing.assert_close(found, wanted.detach(), atol=1e-5, rtol=1e-4)
+    log = Run(tmp_path / "run").read_log()
+    assert [entry["skipped"] for entry in log] == [1, 1, 0]
+    assert all(math.isfinite(entry["gradient_norm"]) for entry in log)
+    means = [sum(float(r.loss) for r in records[i : i + 4] if r.step not in (3, 6)) for i in (0, 4, 8)]
+    assert [entry["loss"] * (4 - entry["skipped"]) for entry in log] == pytest.approx(means)
+
+
+def test_a_run_with_skipped_steps_resumes_bit_for_bit(tmp_path):
+    straight, resumed = (config_for(tmp_path / name, non_finite="skip") for name in ("straight", "resumed"))
+    with overflowing(3, 9):
+        list(train(straight, CPU))
+    with overflowing(3):
+        records = train(resumed, CPU)
+        while next(records).step < 4:
+            pass
+        records.close()
+    with overflowing(9 - 4):
+        list(train(resumed, CPU))
+    assert final_files(tmp_path / "resumed") == final_files(tmp_path / "straight")
+
+
+def test_only_a_row_of_skipped_steps_stops_a_run(tmp_path):
+    config = config_for(tmp_path / "run", steps=40, non_finite="skip", log_every=1)
+    alternating = [*range(2, 11), *range(12, 21), *range(22, 32)]  # 9, 9 and 10 in a row
+    sentence = "the gradient of step 31 is not finite, and the 9 steps before it were skipped; step 30 is kept"
+    with overflowing(*alternating), pytest.raises(NonFiniteLoss, match=sentence):
+        list(train(config, CPU))
+    log = Run(tmp_path / "run").read_log()
+    assert [entry["skipped"] for entry in log] == [int(step in alternating) for step in range(1, 31)]
+    assert log[1]["loss"] is log[1]["gradient_norm"] is None
+    plots.loss_curve(log)
+    assert list(train(dataclasses.replace(config, steps=31, non_finite="stop"), CPU))[-1].step == 31  # may change
+
+
+def test_a_loss_that_is_not_a_number_is_skipped_too(tmp_path, monkeypatch):
+    true_loss, calls = flow.loss, itertools.count(1)
+
+    def loss(*args):
+        losses = true_loss(*args)
+        return losses._replace(mean=losses.mean * math.nan) if next(calls) == 2 else losses
+
+    monkeypatch.setattr(flow, "loss", loss)
+    list(train(config_for(tmp_path / "run", non_finite="skip"), CPU))
+    assert [entry["skipped"] for entry in Run(tmp_path / "run").read_log()] == [1, 0, 0]
+    assert all(weight.isfinite().all() for weight in load(tmp_path / "run", weights="model").parameters())
 
 
 @pytest.mark.parametrize("weight", [1e39, 0.5])
