@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pixnerd import data
 from pixnerd.conditions import Captions, Labels
 from pixnerd.frozen.text_encoder import TransformersEncoder
 from pixnerd.text import TextModelConfig
@@ -49,21 +50,36 @@ def test_labels_need_no_worker():
     assert Labels(3).tokenizer is None
 
 
+def config_for(folder, tiny_folder, **changes):
+    """A run with captions of up to six tokens, of which the network reads four."""
+    shape = {"width": 16, "heads": 2, "blocks": 1, "patch_size": 8, "image_size": 16, "field_width": 4}
+    model = TextModelConfig(**shape, field_blocks=1, text_blocks=1, text_features=12, text_length=4)
+    options = {"model": model, "text_encoder": str(tiny_folder), "steps": 4, "batch_size": 8, **changes}
+    return TrainConfig(out=str(folder), data="synthetic", **options)
+
+
+def captioned(name, image_size):
+    """Gratings under captions of words that the encoder knows, each image with one of its own."""
+    gratings = data.open_data_set(name, image_size)
+    words = ("a", "red", "blue", "cat", "dog")
+    gratings.captions = [(f"{words[i % 5]} {words[i // 5 % 5]}",) for i in range(len(gratings))]
+    return gratings
+
+
+def test_features_computed_in_each_step_train_as_those_in_a_file_do(tmp_path, monkeypatch, tiny_folder):
+    monkeypatch.setenv("PIXNERD_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(data, "load", captioned)
+    losses = {}
+    for cached in (True, False):
+        config = config_for(tmp_path / str(cached), tiny_folder, cache_text=cached, learning_rate=1e-2, steps=8)
+        losses[cached] = [float(record.loss) for record in train(config, torch.device("cpu"))]
+    assert losses[False] == pytest.approx(losses[True], rel=1e-4)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_warns_once_of_long_captions(tmp_path, monkeypatch, tiny_folder, workers):
     monkeypatch.setenv("PIXNERD_DATA", str(tmp_path / "data"))
-    shape = {"width": 16, "heads": 2, "blocks": 1, "patch_size": 8, "image_size": 16, "field_width": 4}
-    model = TextModelConfig(**shape, field_blocks=1, text_blocks=1, text_features=12, text_length=4)
-    config = TrainConfig(
-        out=str(tmp_path / "run"),
-        data="synthetic",
-        model=model,
-        text_encoder=str(tiny_folder),
-        cache_text=False,
-        steps=4,
-        batch_size=8,
-        workers=workers,
-    )
+    config = config_for(tmp_path / "run", tiny_folder, cache_text=False, workers=workers)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         list(train(config, torch.device("cpu")))

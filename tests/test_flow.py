@@ -69,3 +69,20 @@ def test_a_perfect_network_has_no_loss(prediction):
 
     losses = flow.loss(Perfect(), image, torch.zeros(3, dtype=torch.long), noise, t)
     assert losses.mean < 1e-8
+
+
+def test_loss_at_a_base_resolution_with_the_tokens_of_a_block():
+    """What it hands on to the other losses: the image where the estimate leads, and the tapped block's tokens."""
+    model = randomised(PixNerd(TINY, 5)).double()
+    image, noise = torch.randn(2, 2, 3, 16, 16, dtype=torch.float64).unbind()
+    t, labels = torch.tensor([0.3, 0.9], dtype=torch.float64), torch.tensor([1, 5])
+    x_t = t.view(-1, 1, 1, 1) * image + (1 - t.view(-1, 1, 1, 1)) * noise
+    v, tokens = model(x_t, t, labels, (8, 8), 1)
+    losses = flow.loss(model, image, labels, noise, t, (8, 8), lambda error: error.abs().amax((1, 2, 3)), tap=1)
+    torch.testing.assert_close(losses.per_image, (v - image + noise).abs().amax((1, 2, 3)).detach())
+    torch.testing.assert_close(losses.clean, x_t + (1 - t).view(-1, 1, 1, 1) * v)
+    assert tokens.shape == (2, 4, TINY.width)
+    assert losses.tokens.equal(tokens)
+    plain = flow.loss(model, image, labels, noise, t, (8, 8))
+    assert plain.tokens is None
+    assert plain.clean.equal(losses.clean)

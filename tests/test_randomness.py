@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from scipy.special import ndtri
 
-from pixnerd.randomness import Purpose, normal, philox, random_bits, uniform
+from pixnerd.randomness import Purpose, derived_seed, normal, permuted, philox, random_bits, uniform
 
 KNOWN = [  # counter, key, words: kat_vectors of Random123, the authors' library, "philox4x32 10"
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -63,6 +63,16 @@ def test_committed_values():
     expected = ["0x1.db3dbe0000000p-2", "0x1.e74fb80000000p-1", "-0x1.a181820000000p-2", "0x1.52c8a60000000p-1"]
     assert [value.hex() for value in normal(words)[0].tolist()] == expected
     assert uniform(torch.tensor([0, 255, 256, 2**32 - 1])).tolist() == [0, 0, 2**-24, 1 - 2**-24]
+
+
+def test_runs_go_on_with_the_streams_and_the_order_that_they_began_with():
+    """Committed values again: a number that changed would change the rest of every run that is resumed."""
+    names = ("INITIAL_WEIGHTS", "DATA_ORDER", "TRAINING_STEP", "SAMPLE_NOISE", "SYNTHETIC_IMAGE", "DECODE_SIZE")
+    names += ("PROJECTOR_WEIGHTS",)
+    assert {purpose.name: int(purpose) for purpose in Purpose} == {name: i for i, name in enumerate(names)}
+    assert derived_seed(3, Purpose.DATA_ORDER, 1, 7) == 2417505972622489752
+    assert [permuted(index, 1000, 3) for index in range(6)] == [104, 874, 222, 21, 133, 591]
+    assert permuted(12345, 45_000_000, 2**40 + 5) == 5321747
 
 
 @pytest.mark.parametrize(("make", "distribution"), [(normal, stats.norm), (uniform, stats.uniform)])

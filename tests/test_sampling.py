@@ -7,7 +7,7 @@ from einops import rearrange
 from safetensors.torch import load_file
 
 from pixnerd import InputError, PixNerd, load_released, sample
-from pixnerd.sampling import SamplingConfig, network_passes, sample_noise, trajectory
+from pixnerd.sampling import SamplingConfig, network_passes, sample_batches, sample_noise, trajectory
 from pixnerd.solvers import SOLVERS
 
 from .conftest import TINY
@@ -96,6 +96,21 @@ def test_noise_is_standard_normal_and_differs():
     assert correlation.abs().max() < 0.1
 
 
+def test_every_step_of_the_stochastic_solver_adds_noise_of_its_own(tiny):
+    """With a velocity of 0, x ← x − ½·x·dt + √((1 − t)·dt)·noise: what each step added can be read off."""
+    tiny.forward = lambda x, *_: torch.zeros_like(x)
+    start = sample_noise((3, 16, 16), [4, 9], seed=7)
+    states = list(trajectory(tiny, [0, 1], indices=[4, 9], seed=7, solver="sde", steps=6, guidance=1.0))
+    added, dt = [], 1 / 6
+    for step, (before, after) in enumerate(itertools.pairwise([start, *(state.x for state in states[:-1])]), start=1):
+        t = (step - 1) * dt
+        added.append((after - before + before * dt / 2) / ((1 - t) * dt) ** 0.5)
+        torch.testing.assert_close(added[-1], sample_noise((3, 16, 16), [4, 9], seed=7, step=step), atol=1e-4, rtol=0)
+    assert states[-1].x.equal(states[-2].x)
+    rows = torch.stack((start, *added)).flatten(0, 1).flatten(1)  # the start and five steps of two images
+    assert (torch.corrcoef(rows) - torch.eye(12)).abs().max() < 0.2  # more than five standard deviations
+
+
 def test_trajectory_ends_where_sample_ends(tiny):
     states = list(trajectory(tiny, [0, 1], steps=5, guidance=2.0))
     assert [state.step for state in states] == [1, 2, 3, 4, 5]
@@ -104,6 +119,25 @@ def test_trajectory_ends_where_sample_ends(tiny):
     # the last Euler step ends at the estimated image
     torch.testing.assert_close(states[-1].x, states[-1].image)
     assert not torch.allclose(states[1].x, states[1].image)
+
+
+def test_many_images_are_sampled_in_batches(tiny):
+    config, options = SamplingConfig(2, "sde", 2.0, None), {"size": (8, 24), "base_resolution": (4, 12), "seed": 3}
+    batches = list(sample_batches(tiny, torch.tensor([0, 1, 2, 3, 4]), config, batch_size=2, **options))
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    together = sample(tiny, [0, 1, 2, 3, 4], config, **options)
+    torch.testing.assert_close(torch.cat(batches), together, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(together, sample(tiny, [0, 1, 2, 3, 4], **options), atol=0.1)
+    assert [len(batch) for batch in sample_batches(tiny, torch.zeros(65).long(), SamplingConfig(1))] == [64, 1]
+    for labels, changes, sentence in (
+        ([6], {}, "label 6 is outside"),
+        ([0], {"size": (16, 18)}, "16x18 does not fit"),
+        ([0], {"base_resolution": (16, 12)}, "cannot be shared|does not fit"),
+        ([0], {"batch_size": 0}, "batch_size is 0; it has to be at least 1"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            sample_batches(tiny, torch.tensor(labels), config, **changes)  # before the first batch
+    assert len(list(sample_batches(tiny, torch.tensor([0, 1]), config, batch_size=1))) == 2
 
 
 def test_sampling_builds_no_graph_and_takes_other_sizes(tiny):
@@ -124,7 +158,9 @@ def test_sampling_builds_no_graph_and_takes_other_sizes(tiny):
         ([], {}, "at least one class"),
         ([0], {"size": (16, 18)}, "16x18 does not fit"),
         ([0, 1], {"noise": torch.zeros(1, 3, 16, 16)}, "1 images of noise, 2 conditions"),
-        ([0], {"noise": torch.zeros(1, 3, 16, 16), "size": (8, 8)}, "disagree"),
+        ([0], {"noise": torch.zeros(1, 3, 16, 16), "size": (8, 16)}, "disagree"),
+        ([0], {"noise": torch.zeros(1, 3, 16, 16), "size": (16, 8)}, "disagree"),
+        ([0], {"indices": [0, 1]}, "2 images of noise, 1 conditions, 2 indices"),
     ],
 )
 def test_bad_input_is_refused_at_the_call(tiny, labels, options, sentence):

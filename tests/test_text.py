@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from pixnerd import InputError, load, load_released, sample
 from pixnerd.checkpoints import save_model
 from pixnerd.layers import rotary_table
-from pixnerd.sampling import sample_noise
+from pixnerd.sampling import SamplingConfig, sample_batches, sample_noise
 from pixnerd.text import TEXT_SIZES, TextModelConfig, TextPixNerd
 
 from .conftest import randomised
@@ -90,6 +90,18 @@ def test_guided_sampling_from_text(tiny):
             x = x + 0.5 * (v_u + w * (v_c - v_u))
     got = sample(tiny, text, unconditional=empty, noise=noise, steps=2, guidance=3.0, interval=(0, 1))
     torch.testing.assert_close(got, x, atol=1e-9, rtol=1e-9)
+
+
+def test_batches_of_text_share_the_empty_caption(tiny):
+    """Which may be given in another precision."""
+    tiny.double()
+    text, empty = torch.randn(3, 5, 7, dtype=torch.float64), torch.randn(5, 7)
+    config = SamplingConfig(2, guidance=3.0)
+    batches = list(sample_batches(tiny, text, config, unconditional=empty, batch_size=2))
+    expected = sample(tiny, text, config, unconditional=empty.double())
+    torch.testing.assert_close(torch.cat(batches), expected, atol=1e-9, rtol=1e-9)
+    with pytest.raises(InputError, match="guidance 3.0 from text needs `unconditional`"):
+        sample_batches(tiny, text, config)
 
 
 def test_text_models_survive_saving(tiny, tmp_path):

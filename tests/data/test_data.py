@@ -1,10 +1,12 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from pixnerd import InputError, data
-from pixnerd.data import to_float, to_uint8
+from pixnerd.data import cache_folder, dataset, to_float, to_uint8
 from pixnerd.data.pictures import center_crop
 
 
@@ -13,6 +15,22 @@ def test_pixels_survive_the_round_trip_to_floats():
     assert to_uint8(to_float(every)).equal(every)
     assert to_float(every)[[0, 255]].tolist() == [-1, 1]
     assert to_uint8(torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 2.0])).tolist() == [0, 0, 128, 255, 255, 255]
+
+
+def test_data_is_kept_in_the_project_or_where_a_variable_says(tmp_path, monkeypatch):
+    monkeypatch.delenv("PIXNERD_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    project = Path(__file__).parents[2]
+    assert cache_folder() == project / "data"
+    monkeypatch.setattr(dataset, "__file__", str(tmp_path / "site-packages" / "pixnerd" / "data" / "dataset.py"))
+    assert cache_folder() == tmp_path / "data"  # installed without the project around it
+    monkeypatch.setenv("PIXNERD_DATA", "elsewhere")
+    assert cache_folder() == tmp_path / "elsewhere"
+
+
+def test_an_image_of_one_pixel_is_an_image():
+    image, label = data.load("synthetic", 1)[0]
+    assert (image.shape, label) == ((3, 1, 1), 0)
 
 
 def test_digits_are_the_5000_of_mnist():

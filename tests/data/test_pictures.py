@@ -150,6 +150,9 @@ def test_size_and_pixels_are_upright(tmp_path):
         assert upright_size(path) == (24, 40)
         assert read(path).shape == (40, 24, 3)
     assert np.array_equal(read(path), np.rot90(NOISE[..., :3], -1))
+    path.write_text("I am a text")
+    with pytest.raises(InputError, match=r"^/.*/a.tiff is not an image, despite its name$"):
+        upright_size(path)
 
 
 @pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (3, 50_000)])

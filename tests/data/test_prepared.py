@@ -303,6 +303,23 @@ def test_speeds_are_of_the_same_images(root, tmp_path):
         data.read_speeds(source, copy)
 
 
+def test_speeds_are_images_by_seconds(root, tmp_path, monkeypatch):
+    """By a clock that only reading moves: by 2 s in the source, by 0.5 s in the copy."""
+    copy, source = prepare(root, tmp_path / "copy"), source_of(root)
+    now = [100.0]
+    for dataset, seconds in ((source, 2.0), (copy.images, 0.5)):
+        pixels = dataset.pixels
+
+        def timed(index, pixels=pixels, seconds=seconds):
+            now[0] += seconds
+            return pixels(index)
+
+        monkeypatch.setattr(dataset, "pixels", timed)
+    monkeypatch.setattr(prepared.time, "perf_counter", lambda: now[0])
+    speeds = data.read_speeds(source, copy)
+    assert (speeds.images, speeds.source, speeds.copy) == (COUNT, 0.5, 2.0)
+
+
 def test_from_the_command_line(root, tmp_path, capsys):
     bad = root / "b" / "01.jpg"
     bad.write_bytes(bad.read_bytes()[:-200])

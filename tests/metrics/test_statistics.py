@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from pixnerd.metrics.statistics import (
     inception_score,
     kernel_distance,
     precision_recall,
+    retrieval_ranks,
     squared_distances,
 )
 
@@ -127,6 +129,33 @@ def test_distances_are_halved_in_precision_only_where_they_stay_finite():
     assert 0 < (halved - exact).abs().max() < 0.05
     torch.testing.assert_close(squared_distances(small, small, False), exact, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(squared_distances(large, large, True), squared_distances(large, large, False))
+
+
+@pytest.mark.parametrize("radius", [0.1, 0.3])  # whose halves are smaller and larger
+@pytest.mark.parametrize("half", [True, False])
+def test_a_ball_reaches_exactly_to_the_third_neighbour(radius, half):
+    """Two points at one distance from a centre, one of which is its third neighbour: both distances round alike."""
+    steps = radius + 0.01 * torch.arange(4)  # three more centres on each axis beyond the three neighbours of 0
+    neighbours = (torch.eye(3)[:, None] * steps[None, :, None]).flatten(0, 1)
+    centres = torch.cat((torch.zeros(1, 3), neighbours))
+    samples = torch.cat((-radius * torch.eye(3), -1.1 * radius * torch.eye(3)))
+    assert precision_recall(centres, samples, half).precision == 0.5
+
+
+def test_a_retrieval_rank_counts_the_images_that_are_nearer():
+    true = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [-3.0, 0.0]])
+    sampled = torch.tensor([[5.0, 1.0], [0.1, 1.0], [0.0, 2.0], [1.0, 0.1]])  # by angle alone, whatever the length
+    assert retrieval_ranks(sampled, true).tolist() == [0, 1, 0, 3]
+    with pytest.raises(InputError, match=r"shapes \(4, 2\) and \(3, 2\) differ: they need the same captions"):
+        retrieval_ranks(sampled, true[:3])
+
+
+def test_moments_are_shared_by_adding_sums():
+    found, features = moments(random(10, 3)), random(10, 3)
+    found.share(SimpleNamespace(sum=lambda tensor: 2 * tensor))  # a second process that saw the same
+    assert found.count == 20
+    np.testing.assert_allclose(found.mean, features.numpy().mean(0))
+    np.testing.assert_allclose(found.covariance, np.cov(np.tile(features.numpy(), (2, 1)), rowvar=False))
 
 
 def test_too_few_images_are_refused():

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 def config(folder: Path, name: str, **changes) -> TrainConfig:
     options = {"steps": STEPS, "batch_size": 8, "learning_rate": 1e-2, "checkpoint_every": 3, "accumulate": 2}
-    options |= {"shard": True, "precision": "bfloat16", "clip": 1.0, "ema_decay": 0.9, "noise": "philox"}
+    options |= {"shard": True, "precision": "bfloat16", "clip": 0.05, "ema_decay": 0.9, "noise": "philox"}
     return TrainConfig(out=str(folder / name), data="synthetic", model=MODEL, **options | changes)
 
 

@@ -15,10 +15,13 @@ import torch
 from safetensors import deserialize
 
 from pixnerd import InputError, load
-from pixnerd.distributed import World, join
+from pixnerd.checkpoints import load_training_state
+from pixnerd.distributed import ALONE, World, join
 from pixnerd.runs import Run
 from pixnerd.signals import STOPPED
 from pixnerd.training import train
+from pixnerd.training.loop import build_models
+from pixnerd.training.losses import Projector
 
 from . import distributed_worker
 from .distributed_worker import KILLED_AFTER, STEPS, WAYS
@@ -84,6 +87,21 @@ def test_two_processes_train_what_one_trains(folders, way, tmp_path):
             rel=1e-3,  # None for a tenth of t without images
         )
         assert theirs["gradient_norm"] == pytest.approx(mine["gradient_norm"], rel=1e-3)
+        assert mine["gradient_norm"] > distributed_worker.config(tmp_path, way).clip
+    ours, theirs = (first_moments(folder / way, way) for folder in (tmp_path, folders / "straight"))
+    for (name, moment), other in zip(ours.items(), theirs.values(), strict=True):
+        torch.testing.assert_close(other, moment, atol=1e-2 * float(moment.abs().max()), rtol=1e-2, msg=name)
+
+
+def first_moments(run, way):
+    """AdamW's means of the clipped gradients, of everything that a run trains, from its shards or its one file."""
+    models = build_models(replace(distributed_worker.config(run, way), shard=False), 10, ALONE, fresh=True)
+    if "align" in WAYS[way]:
+        models["projector"] = Projector(16, 112)
+    named = {f"{file}.{n}": p for file in models if "ema" not in file for n, p in models[file].named_parameters()}
+    optimizer = torch.optim.AdamW(named.values())
+    assert load_training_state(run / "checkpoints" / f"step-{STEPS}", models, optimizer) == STEPS
+    return {name: optimizer.state[parameter]["exp_avg"] for name, parameter in named.items()}
 
 
 @ways

@@ -25,6 +25,7 @@ from pixnerd.runs import Run
 from pixnerd.text import TextModelConfig
 from pixnerd.training import NonFiniteLoss, TrainConfig, draw_step, step_indices, step_size, train
 from pixnerd.training.batches import step_batches
+from pixnerd.training.loop import build_models
 
 from ..plain import network
 
@@ -174,6 +175,26 @@ def test_ema_is_the_weighted_sum_of_all_weights(tmp_path):
     assert averaged.dtype == torch.float32
 
 
+def test_every_average_begins_with_the_weights_after_the_first_step(tmp_path):
+    """Whatever it held before: neither the initial weights nor zeros have a share in it."""
+    config = config_for(tmp_path / "run", extra_ema_decays=(0.5,), checkpoint_every=1, keep_checkpoints=2, steps=2)
+    models = build_models(config, 10, World(0, 1, CPU), fresh=True)
+    for name in ("ema", "ema-0.5"):
+        assert all(a.equal(b) for a, b in zip(models[name].parameters(), models["model"].parameters(), strict=True))
+    list(train(config, CPU))
+    first, second = (
+        {name: load_file(tmp_path / f"run/checkpoints/step-{step}/{name}.safetensors") for name in models}
+        for step in (1, 2)
+    )
+    for name, decay in {"ema": 0.9, "ema-0.5": 0.5}.items():
+        for key, weight in first["model"].items():
+            assert first[name][key].equal(weight)
+            expected = decay * weight + (1 - decay) * second["model"][key]
+            torch.testing.assert_close(second[name][key], expected)
+    start = models["model"].state_dict()
+    assert not any(weight.equal(start[key]) for key, weight in first["model"].items() if key.startswith("head.out"))
+
+
 noises = pytest.mark.parametrize("noise", ["torch", "philox"])
 
 
@@ -202,7 +223,22 @@ def test_draws_have_the_stated_distributions(noise):
     assert dropped.double().mean() == pytest.approx(0.1, abs=0.02)
     assert flipped.double().mean() == pytest.approx(0.5, abs=0.04)
     assert caption.mean() == pytest.approx(0.5, abs=0.02)
-    assert torch.corrcoef(torch.stack((torch.logit(t), dropped.float(), flipped.float())))[0, 1:].abs().max() < 0.06
+
+
+@noises
+def test_all_that_is_drawn_for_an_image_is_independent(noise):
+    """Of each other, and of what the next image and the same place in the next step draw."""
+    config = config_for("unused", label_dropout=0.3, noise=noise)
+    steps = [draw_step(config, step, range(64), (1, 2, 2), CPU) for step in range(100)]
+    pixels, t, dropped, flipped, caption = (torch.stack(parts) for parts in zip(*steps, strict=True))  # [steps, 64, …]
+    normals = torch.stack((*pixels.flatten(2).unbind(2), torch.logit(t)))
+    # and of the sizes of the normal numbers: what shares a random number with one may depend on its size alone
+    drawn = torch.cat((normals, normals.abs(), torch.stack((dropped.float(), flipped.float(), caption))))
+    drawn = torch.cat((drawn[:, :-1, :-1], drawn[:, :-1, 1:], drawn[:, 1:, :-1])).flatten(1)  # [39, 99 · 63]
+    limit = 5 / math.sqrt(drawn.shape[1])  # five standard deviations
+    assert (torch.corrcoef(drawn) - torch.eye(39)).abs().max() < limit
+    together = (dropped & flipped).float().mean()
+    assert together == pytest.approx(0.3 * 0.5, abs=0.03)
 
 
 def test_philox_draws_are_those_of_its_numbers():
@@ -495,6 +531,26 @@ def test_a_perceptual_network_that_cannot_be_read_is_refused_before_there_is_a_r
     with pytest.raises(InputError, match="perceptual_weight is -1; it cannot be negative"):
         config_for(tmp_path / "run", perceptual_weight=-1)
     assert not (tmp_path / "run").exists()
+
+
+def test_one_norm_clips_all_that_is_trained(tmp_path, monkeypatch):
+    """After one step AdamW's first moment is (1 − β₁) times the gradient that it was given; the log has its length."""
+    monkeypatch.setattr("pixnerd.frozen.load", lambda *_: Means())
+    gradients, logged = {}, {}
+    for clip in (None, 1e6, 0.01):
+        folder = tmp_path / str(clip)
+        list(train(config_for(folder, align="means", align_block=1, steps=1, clip=clip), CPU))
+        saved = load_file(folder / "checkpoints/step-1/optimizer.safetensors")
+        moments = {name.removeprefix("exp_avg:"): m for name, m in saved.items() if name.startswith("exp_avg:")}
+        gradients[clip] = {name: moment / 0.1 for name, moment in moments.items()}
+        logged[clip] = Run(folder).read_log()[0]["gradient_norm"]
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients[None].values()))
+    assert norm > 0.1
+    assert logged == pytest.approx(dict.fromkeys(logged, norm), rel=1e-5)
+    assert any(g.any() for name, g in gradients[None].items() if name.startswith("projector."))
+    for name, gradient in gradients[None].items():
+        assert gradients[1e6][name].equal(gradient)
+        torch.testing.assert_close(gradients[0.01][name], gradient * (0.01 / norm), rtol=1e-4, atol=1e-9)
 
 
 def test_alignment_ends_at_the_given_step(tmp_path, monkeypatch):
