@@ -112,7 +112,7 @@ BAD_TRAINING = {
     "steps": (["--steps", "0"], "steps is 0"),
     "data": (
         ["--data", "minst"],
-        "data set 'minst' is unknown; known: digits, emoji, emoji:WORDS, synthetic, folder:PATH",
+        "data set 'minst' is unknown; known: digits, cifar10, cifar10:test, emoji, emoji:WORDS, synthetic",
     ),
     "size": (["--size", "Q/16"], "model size 'Q/16' is unknown; known sizes: nano/8"),
     "recipe": (["--recipe", "magic"], "recipe 'magic' is unknown; known recipes: imagenet-256"),

@@ -173,7 +173,7 @@ def test_a_truncated_image_is_named_when_it_is_read(folder):
 
 @pytest.mark.parametrize("name", ["mnist", "folder:", "folder", "digits:5", ""])
 def test_unknown_names_list_the_known_ones(name):
-    with pytest.raises(InputError, match="known: digits, emoji, emoji:WORDS, synthetic, folder:PATH"):
+    with pytest.raises(InputError, match="known: digits, cifar10, cifar10:test, emoji, emoji:WORDS, synthetic"):
         data.load(name, 32)
 
 

@@ -16,11 +16,12 @@ from safetensors import deserialize
 
 from pixnerd import InputError, load
 from pixnerd.checkpoints import load_training_state
+from pixnerd.conditions import Labels
 from pixnerd.distributed import ALONE, World, join
 from pixnerd.runs import Run
 from pixnerd.signals import STOPPED
 from pixnerd.training import train
-from pixnerd.training.loop import build_models
+from pixnerd.training.loop import Job, build_models
 from pixnerd.training.losses import Projector
 
 from . import distributed_worker
@@ -95,12 +96,13 @@ def test_two_processes_train_what_one_trains(folders, way, tmp_path):
 
 def first_moments(run, way):
     """AdamW's means of the clipped gradients, of everything that a run trains, from its shards or its one file."""
-    models = build_models(replace(distributed_worker.config(run, way), shard=False), 10, ALONE, fresh=True)
+    config = replace(distributed_worker.config(run, way), shard=False)
+    models = build_models(Job(config, Run(run), {}, Labels(10), [], ALONE))
     if "align" in WAYS[way]:
         models["projector"] = Projector(16, 112)
     named = {f"{file}.{n}": p for file in models if "ema" not in file for n, p in models[file].named_parameters()}
     optimizer = torch.optim.AdamW(named.values())
-    assert load_training_state(run / "checkpoints" / f"step-{STEPS}", models, optimizer) == STEPS
+    assert load_training_state(run / "checkpoints" / f"step-{STEPS}", models, optimizer, ALONE) == STEPS
     return {name: optimizer.state[parameter]["exp_avg"] for name, parameter in named.items()}
 
 

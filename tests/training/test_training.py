@@ -25,7 +25,7 @@ from pixnerd.runs import Run
 from pixnerd.text import TextModelConfig
 from pixnerd.training import NonFiniteLoss, TrainConfig, draw_step, step_indices, step_size, train
 from pixnerd.training.batches import step_batches
-from pixnerd.training.loop import build_models
+from pixnerd.training.loop import Job, build_models
 
 from ..plain import network
 
@@ -178,7 +178,7 @@ def test_ema_is_the_weighted_sum_of_all_weights(tmp_path):
 def test_every_average_begins_with_the_weights_after_the_first_step(tmp_path):
     """Whatever it held before: neither the initial weights nor zeros have a share in it."""
     config = config_for(tmp_path / "run", extra_ema_decays=(0.5,), checkpoint_every=1, keep_checkpoints=2, steps=2)
-    models = build_models(config, 10, World(0, 1, CPU), fresh=True)
+    models = build_models(Job(config, Run(config.out), {}, Labels(10), [], World(0, 1, CPU)))
     for name in ("ema", "ema-0.5"):
         assert all(a.equal(b) for a, b in zip(models[name].parameters(), models["model"].parameters(), strict=True))
     list(train(config, CPU))
@@ -629,7 +629,7 @@ def test_config_survives_json(tmp_path):
         ({"warmup_steps": -1}, "warmup_steps is -1"),
         (
             {"data": "cifar"},
-            "data set 'cifar' is unknown; known: digits, emoji, emoji:WORDS, synthetic, folder:PATH",
+            "data set 'cifar' is unknown; known: digits, cifar10, cifar10:test, emoji, emoji:WORDS, synthetic",
         ),
         ({"data": "folder:/nowhere"}, "/nowhere does not exist"),
     ],
