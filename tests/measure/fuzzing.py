@@ -159,5 +159,7 @@ def run_cases(kinds: Mapping[str, Case], default: int) -> None:
         shutil.rmtree(root)
     print(json.dumps({f"{kind} {found}": count for (kind, found), count in sorted(counts.items())}, indent=2))
     totals = {name: sum(n for (_, found), n in counts.items() if found == name) for name in ("read", "refused")}
-    print(f"{options.cases} cases: {totals['read']} read, {totals['refused']} refused, {faults} faults")
+    print(
+        f"{options.cases} cases: {totals['read']} read, {totals['refused']} refused, {faults} faults", file=sys.stderr
+    )
     sys.exit(bool(faults))

@@ -44,11 +44,11 @@ def speckled(images: Tensor, amount: float) -> Tensor:
 
 
 def at_strength(images: Tensor, damage, wanted: float) -> Tensor:
-    """The images, damaged as much as gives the wanted mean squared error; found by halving."""
+    """The images, damaged as much as gives the wanted mean squared error; found by halving, on the first 50 of them."""
     low, high = 0.0, 1.0
-    for _ in range(18):
+    for _ in range(12):
         middle = (low + high) / 2
-        error = float((damage(images, middle) - images).square().mean())
+        error = float((damage(images[:50], middle) - images[:50]).square().mean())
         low, high = (middle, high) if error < wanted else (low, middle)
     return damage(images, high)
 
