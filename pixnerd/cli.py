@@ -1,4 +1,4 @@
-"""The command line: pixnerd train | sample | evaluate | convert | data | prepare | plan | sweep.
+"""The command line: pixnerd train | sample | evaluate | convert | data | prepare | plan | sweep | export-explorer.
 
 A command consists of its flags and a few calls. torch is imported only when a command runs, so --help and a refused
 flag need not wait for it. Invalid input ends with one sentence on standard error and exit code 2.
@@ -363,6 +363,23 @@ class Sweep(Command):
                 sys.exit(1)
 
 
+@dataclass(frozen=True)
+class ExportExplorer(Command):
+    """Write the ablation explorer as one page that needs no network: every record in data/ablations, and the studies
+    and runs in the folder runs."""
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.html")]
+    """the file to write"""
+    studies: tuple[str, ...] = ()
+    """only these studies, by name"""
+
+    def run(self) -> None:
+        from .explore.ablations import export
+
+        size = export(self.out, self.studies)
+        print(f"written: {self.out}, {size / 1e6:.1f} MB; a browser opens it from the disk")
+
+
 def _print_table(rows: Sequence[Sequence[str]], side: str = ">") -> None:
     """Print rows of text as columns, aligned to the left (<) or the right (>)."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -371,7 +388,7 @@ def _print_table(rows: Sequence[Sequence[str]], side: str = ">") -> None:
         print(f"  {'  '.join(cells)}".rstrip())
 
 
-AnyCommand = Train | Sample | Evaluate | Convert | Data | Prepare | Plan | Sweep
+AnyCommand = Train | Sample | Evaluate | Convert | Data | Prepare | Plan | Sweep | ExportExplorer
 
 
 def parse(arguments: Sequence[str]) -> AnyCommand:
@@ -394,7 +411,7 @@ def parse(arguments: Sequence[str]) -> AnyCommand:
 def _parse(arguments: Sequence[str], defaults: dict[str, AnyCommand]) -> AnyCommand:
     """The command with its flags; `defaults` holds the default values of some commands."""
     commands = {"train": Train, "sample": Sample, "evaluate": Evaluate, "convert": Convert, "data": Data}
-    commands |= {"prepare": Prepare, "plan": Plan, "sweep": Sweep}
+    commands |= {"prepare": Prepare, "plan": Plan, "sweep": Sweep, "export-explorer": ExportExplorer}
     kinds = []
     for name, kind in commands.items():
         options = {"default": defaults[name]} if name in defaults else {}

@@ -128,6 +128,8 @@ HEAVY |= {"matplotlib", "transformers", "scipy", "sklearn", "tqdm.notebook"}
     [
         ["--help"],
         *([command, "--help"] for command in ("train", "sample", "evaluate", "convert", "data", "prepare", "sweep")),
+        ["export-explorer", "--help"],
+        ["export-explorer", "page.txt"],
         ["train", "--stepz", "3"],
         ["train", "--steps", "0"],
         ["train", "--recipe", "magic"],

@@ -32,6 +32,7 @@ from ..model import PatchDenoiser
 from ..model_source import ModelSource, find_model
 from ..runs import Run
 from ..sampling import sample_noise
+from .logged import training_figures
 from .wanted import Measures
 
 NETWORK = "efficientnet"
@@ -39,7 +40,6 @@ SEED = 2020  # of what all runs share
 LAST = 0.96  # errors are measured up to this t, the last one at which 25 Euler steps ask for a velocity
 SHEET = 16  # samples on a sheet
 CAPTIONS = 64  # pictures among which a caption's own has to be the nearest
-SPIKE = 3  # a gradient norm this many times the median is a spike
 
 
 def measure(
@@ -206,22 +206,6 @@ def feature_agreement(features: dict[str, tuple[Tensor, Tensor]], samples: Sampl
         whole = ranks[: len(found) // CAPTIONS] or ranks
         scores[f"{way}retrieval"] = float((torch.cat(whole) == 0).double().mean())
     return scores
-
-
-def training_figures(run: Run) -> dict[str, float]:
-    """From log.jsonl: loss and gradient norm over the last tenth of the log, spikes of the norm, seconds a step."""
-    log = [entry for entry in run.read_log() if entry["loss"] is not None]  # None: every step was skipped
-    if not log:
-        return {}
-    last = log[-max(1, len(log) // 10) :]
-    norms = [entry["gradient_norm"] for entry in log]
-    usual = statistics.median(norms)
-    return {
-        "loss": statistics.fmean(entry["loss"] for entry in last),
-        "gradient_norm": statistics.fmean(norms[-len(last) :]),
-        "gradient_spikes": sum(entry.get("largest_gradient_norm", 0) > SPIKE * usual for entry in log),
-        "seconds_per_step": run.config().batch_size / statistics.median(entry["images_per_second"] for entry in log),
-    }
 
 
 def costs(model: PatchDenoiser, run: Run) -> dict[str, float]:

@@ -21,12 +21,11 @@ from ..files import make_folder, read_json, readable, remove_partial_files, repl
 from ..recipes import RECIPES
 from ..runs import SWEEP, Run
 from .compare import Row
+from .logged import curves_of, rounded
 from .study import PlannedRun, Study, configured, expand, read_study
 from .sweep import HARMLESS, check_folders, status_of
 
 RECORDS = Path("data/ablations")
-POINTS = 100  # logged steps of a curve that are kept at most
-DIGITS = 6  # significant ones of every figure
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def write_record(file: Path, study: Study, plan: Sequence[PlannedRun]) -> Path:
         raise InputError(f"no run of study {study.name} is done yet; there is nothing to record")
     before = earlier_record(study, plan)
     rows = {row.index: row for row in [*(before.rows if before else ()), *rows_of(done)]}
-    curves = (before.curves if before else {}) | {run.index: _curves(run) for run in done}
+    curves = (before.curves if before else {}) | {run.index: curves_of(Run(run.folder)) for run in done}
     folder = RECORDS / study.name
     make_folder(folder / "sheets")
     remove_partial_files(folder)
@@ -160,21 +159,7 @@ def stored_rows(study: Study, out: Path) -> list[Row]:
 def _scores(run: PlannedRun) -> dict[str, float]:
     """The finite numbers that were measured for a run, by name."""
     scores = Run(run.folder).metrics()["study"]["scores"]
-    return {name: _rounded(value) for name, value in sorted(scores.items()) if math.isfinite(value)}
-
-
-def _curves(run: PlannedRun) -> dict[str, list[float | None]]:
-    """The curves of a run: what it logged, thinned, and the lists that were measured for it."""
-    log = Run(run.folder).read_log()
-    log = log[:: -(-len(log) // POINTS) or 1]
-    curves = {name: [_rounded(entry.get(name)) for entry in log] for name in ("step", "loss", "gradient_norm") if log}
-    lists = {name: value for name, value in Run(run.folder).metrics()["study"].items() if isinstance(value, list)}
-    return curves | {name: [_rounded(entry) for entry in value] for name, value in sorted(lists.items())}
-
-
-def _rounded(value: Any) -> Any:
-    """A float with six significant digits; anything else as it is."""
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) and math.isfinite(value) else value
+    return {name: rounded(value) for name, value in sorted(scores.items()) if math.isfinite(value)}
 
 
 # --- the files -------------------------------------------------------------------------------------------------------

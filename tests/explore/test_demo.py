@@ -1,12 +1,6 @@
 import io
-import os
-import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import nbformat
@@ -24,6 +18,7 @@ from pixnerd.sampling import SamplingConfig
 from pixnerd.solvers import SOLVERS
 
 from ..conftest import randomised
+from .serving import voila
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "demo.ipynb"
 SMALL = {"width": 16, "heads": 2, "blocks": 1, "patch_size": 8, "image_size": 16, "field_width": 4, "field_blocks": 1}
@@ -366,53 +361,18 @@ def test_the_notebook_shows_the_panel_or_says_what_to_run_first(class_run, tmp_p
 
 
 @pytest.fixture
-def page():
-    """A page in Debian's chromium; playwright's own download is not needed."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium is installed (Debian: apt-get install chromium)")
-    with playwright.sync_playwright() as browsers:
-        browser = browsers.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser.new_page()
-        browser.close()
-
-
-@pytest.fixture
 def served(class_run, tmp_path):
     """The address where Voila serves the notebook with a tiny run."""
     path = tmp_path / "demo.ipynb"
     papermill.execute_notebook(NOTEBOOK, path, {"run": str(class_run)}, prepare_only=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "voila", str(path), "--no-browser", f"--port={port}", "--show_tracebacks=True"]
-    with (tmp_path / "voila.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ)
-    try:
-        yield f"http://127.0.0.1:{port}/", server
-    finally:
-        server.terminate()
-        server.wait(300)
+    with voila(path) as address:
+        yield address
 
 
-def wait_for_server(address, server):
-    for _ in range(600):
-        assert server.poll() is None, "Voila stopped by itself"
-        try:
-            return urllib.request.urlopen(f"{address}voila/static/", timeout=5).close()
-        except urllib.error.HTTPError:
-            return None  # it responds
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError("Voila does not answer")
-
-
-def test_draws_in_a_browser(page, served):
-    address, server = served
-    wait_for_server(address, server)
+def test_draws_in_a_browser(browser, served):
+    page = browser.new_page()
     page.set_default_timeout(300_000)  # the first page waits for a kernel that imports torch
-    page.goto(address)
+    page.goto(served)
     draw = page.get_by_role("button", name="Draw")
     draw.wait_for()
     pictures = "[...document.querySelectorAll('img.widget-image')].map(image => image.src)"

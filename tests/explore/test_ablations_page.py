@@ -1,0 +1,324 @@
+"""The page in a browser with the network off: the same numbers as Python's, and every control changes the picture."""
+
+import base64
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from pixnerd.explore import ablations
+from pixnerd.explore.index import index, measure_of
+from pixnerd.recipes import RECIPES
+from pixnerd.studies.compare import bootstrap_interval, sign_flip_p
+
+from . import synthetic
+from .controls import drawing, move_every_control
+
+MODULE = f"data:text/javascript;base64,{base64.b64encode(ablations.SOURCE.read_bytes()).decode()}"
+SELECTION = "study=noise&measure=fd&switch=head&a=linear&b=field&columns=prediction&rows=ratio&at.prediction=v"
+
+
+@pytest.fixture(scope="module")
+def page_file(recorded, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    path.write_text(ablations.page(index(recorded)))
+    return path
+
+
+@pytest.fixture
+def page(browser):
+    """A page that can reach nothing, and must not complain."""
+    context = browser.new_context(offline=True, viewport={"width": 1280, "height": 900})
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page, said = context.new_page(), []
+    page.set_default_timeout(10_000)
+    page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: request.url.startswith(("file:", "data:")) or said.append(request.url))
+    yield page
+    assert said == []
+    context.close()
+
+
+@pytest.fixture
+def opened(page, page_file):
+    page.goto(f"file://{page_file}#{SELECTION}")
+    page.wait_for_selector(".panel")
+    return page
+
+
+def in_browser(page, expression, value=None):
+    """The value of an expression of the module `m` and a value `v`."""
+    return page.evaluate(
+        f"async ([source, v]) => {{ const m = await import(source); return {expression}; }}", [MODULE, value]
+    )
+
+
+# --- the same numbers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("high", "count"), [(1, 5), (2, 999), (6, 60), (7, 1000), (100, 1000)])
+def test_random_numbers_are_numpys(page, high, count):
+    expected = np.random.default_rng(0).integers(high, size=count)
+    assert in_browser(page, "[...m.seededIntegers(...v)]", [high, count]) == expected.tolist()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 16, 17, 40])
+def test_interval_and_p_are_those_of_python(page, count):
+    differences = np.random.default_rng(count).normal(0.3, 1.0, count)
+    low, high, p = in_browser(page, "[...m.bootstrapInterval(v), m.signFlipP(v)]", differences.tolist())
+    assert (low, high) == pytest.approx(bootstrap_interval(differences), rel=1e-9)
+    assert p == pytest.approx(sign_flip_p(differences), abs=1e-12)
+
+
+def test_comparisons_verdicts_and_commands_are_those_of_python(page, recorded):
+    found = index(recorded)
+    (study,) = found["studies"]
+    cases = [
+        {"axis": axis, "a": a, "b": b, "fixed": fixed, "measure": measure}
+        for axis, a, b, fixed in (
+            ("head", "linear", "field", {"prediction": "v", "ratio": "1.5"}),
+            ("head", "shared", "field", {"prediction": "x", "ratio": "0.4"}),
+            ("head", "linear", "shared", {"prediction": "x", "ratio": "1.5"}),
+            ("prediction", "x", "v", {"head": "linear", "ratio": "1.5"}),
+            ("ratio", "0.4", "1.5", {"head": "field", "prediction": "v"}),
+        )
+        for measure in found["measures"]
+    ]
+    expression = """v.cases.map((c) => {
+        const study = v.index.studies[0], found = m.compare(m.pairsOf(study, c, c.fixed, c.measure));
+        return [found, m.verdict(found, v.index.measures[c.measure]), m.commandOf(study, c, c.fixed)];
+    })"""
+    words = set()
+    for case, (numbers, said, command) in zip(
+        cases, in_browser(page, expression, {"cases": cases, "index": found}), strict=True
+    ):
+        switch = [case[name] for name in ("axis", "a", "b")]
+        expected = ablations.compared(study, *switch, case["measure"], case["fixed"])
+        assert numbers == pytest.approx(expected._asdict(), rel=1e-9, abs=1e-12)
+        assert said == ablations.verdict(expected, case["measure"])
+        assert command == ablations.command(study, *switch, case["fixed"])
+        words.add(said)
+    assert {"better", "worse", "undecided with 5 seeds", "undecided with 6 seeds"} <= words
+
+
+def test_the_frontier_has_the_points_that_none_beats(page):
+    random = np.random.default_rng(2)
+    points = [{"x": float(x), "y": float(y)} for x, y in random.integers(0, 12, (60, 2))]
+    for better, sign in (("lower", 1), ("higher", -1)):
+        found = in_browser(page, "m.frontier(...v)", [points, better])
+        beaten = [
+            any(
+                o["x"] <= p["x"] and sign * o["y"] <= sign * p["y"] and (o["x"], o["y"]) != (p["x"], p["y"])
+                for o in points
+            )
+            for p in points
+        ]
+        expected = {(p["x"], p["y"]) for p, worse in zip(points, beaten, strict=True) if not worse}
+        assert {(p["x"], p["y"]) for p in found} == expected
+        assert len(found) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0, "0"), (-0.12345, "−0.123"), (1234.56, "1235"), (99.96, "100"), (1e-7, "1.0e−7"), (12345678, "1.2e+7")],
+)
+def test_numbers_for_people(page, value, shown):
+    assert in_browser(page, "m.number(v)", value) == shown
+
+
+def test_ticks_are_round_and_within(page):
+    for low, high in ((0, 1), (0.337, 0.412), (-3, 977), (1e-5, 1.2e-5)):
+        found = in_browser(page, "m.ticks(...v, 5)", [low, high])
+        assert 2 <= len(found) <= 7
+        assert all(low - 1e-12 <= tick <= high + 1e-12 for tick in found)
+
+
+def test_csv_quotes_what_it_must(page):
+    rows = [["a", 'say "x"', "b,c"], [1, 0.5, "two\nlines"]]
+    assert in_browser(page, "m.asCsv(v)", rows) == 'a,"say ""x""","b,c"\n1,0.5,"two\nlines"\n'
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_flip_shows_every_pair_and_says_what_python_says(opened, recorded):
+    (study,) = index(recorded)["studies"]
+    panels = opened.locator(".panel")
+    assert panels.count() == 4
+    for place, (ratio, prediction) in enumerate((r, p) for r in ("0.4", "1.5") for p in ("v", "x")):
+        fixed = {"prediction": prediction, "ratio": ratio}
+        expected = ablations.compared(study, "head", "linear", "field", "fd", fixed)
+        panel = panels.nth(place)
+        assert panel.locator(".mark.a").count() == panel.locator(".mark.b").count() == expected.pairs
+        words = ablations.verdict(expected, "fd")
+        assert panel.locator(".verdict").inner_text() == (words if words.startswith("undecided") else f"B is {words}")
+        assert panel.text_content().startswith(f"prediction {prediction}, ratio {ratio}: ")
+
+
+def test_every_control_changes_the_picture(opened):
+    move_every_control(opened)
+
+
+def test_swapping_the_sides_swaps_the_verdicts(opened):
+    before = opened.locator(".verdict").all_inner_texts()
+    opened.get_by_role("button", name="swap A and B").click()
+    after = opened.locator(".verdict").all_inner_texts()
+    words = {"B is better": "B is worse", "B is worse": "B is better"}
+    assert after == [words.get(said, said) for said in before]
+    assert "B is worse" in after
+
+
+def test_a_panel_is_chosen_by_keyboard_and_keeps_the_focus(opened):
+    panel = opened.locator(".panel").first
+    panel.focus()
+    opened.keyboard.press("Enter")
+    assert opened.locator(".panel").first.get_attribute("aria-pressed") == "true"
+    assert opened.evaluate("document.activeElement.classList.contains('panel')")
+    assert "at prediction v, ratio 0.4" in opened.locator(".curves h3").inner_text()
+    assert "at.prediction=v" in opened.url
+
+
+def test_jupyterlab_takes_no_key_of_a_control(opened):
+    """In command mode it would, "b" inserts a cell, unless the very element that has the focus says otherwise."""
+    script = "(all) => all.map((one) => one.dataset.lmSuppressShortcuts)"
+    found = opened.locator(".ablations :is(button, input, select, summary, [tabindex])").evaluate_all(script)
+    assert len(found) > 20
+    assert set(found) == {"true"}
+
+
+def test_prediction_comes_first_and_the_score_is_kept(opened, page_file):
+    opened.locator(".panel").first.click()  # ratio 0.4, prediction v: the field is better
+    opened.get_by_role("checkbox").check()
+    assert opened.locator(".verdict").count() == 0
+    assert (
+        opened.locator(".curves, .samples, .cost, .table").evaluate_all("(all) => all.map((one) => one.innerHTML)")
+        == [""] * 4
+    )
+    opened.get_by_role("button", name="B is better").click()
+    assert opened.locator(".verdict").all_inner_texts() == ["B is better"]
+    assert "As you predicted." in opened.locator(".told").inner_text()
+    opened.locator(".panel").nth(2).click()
+    opened.get_by_role("button", name="A is better").click()
+    assert "Not as you predicted." in opened.locator(".told").inner_text()
+    opened.reload()
+    assert "predict first (1 of 2 right)" in opened.locator(".toggle").inner_text()
+
+
+def test_the_wipe_moves_by_keyboard(opened):
+    slider = opened.get_by_role("slider")
+    slider.focus()
+    before = opened.locator(".stack").screenshot()
+    for _ in range(40):
+        opened.keyboard.press("ArrowLeft")
+    assert slider.input_value() == "10"
+    assert opened.locator(".stack").screenshot() != before
+
+
+def test_samples_are_enlarged_by_whole_pixels(opened):
+    sizes = opened.locator(".sheets canvas").evaluate_all(
+        "(all) => all.map((one) => [one.width, one.clientWidth, one.clientHeight])"
+    )
+    assert sizes == [[265, 265, 265]] * 4
+    colours = opened.locator(".sheets canvas").first.evaluate(
+        "(one) => { const d = one.getContext('2d').getImageData(0, 0, 64, 64).data;"
+        "return new Set(Array.from({length: 4096}, (_, i) => d.slice(4 * i, 4 * i + 3).join())).size }"
+    )
+    assert 1 < colours <= 32 * 32  # no colour that the stored sample lacks
+
+
+def test_tables_are_sorted_and_copied(opened):
+    opened.locator("summary", has_text="behind the picture").click()
+    opened.get_by_role("button", name="B − A").nth(1).click()
+    values = opened.locator("details td.number:last-child").all_inner_texts()
+    numbers = [float(value.replace("−", "-")) for value in values]
+    assert numbers == sorted(numbers)
+    opened.get_by_role("button", name="B − A").nth(1).click()
+    assert opened.locator("details td.number:last-child").all_inner_texts() == values[::-1]
+    opened.get_by_role("button", name="copy as CSV").nth(1).click()
+    opened.get_by_role("button", name="copied").wait_for()
+    lines = opened.evaluate("navigator.clipboard.readText()").splitlines()
+    assert lines[0] == "prediction,ratio,seed,A linear,B field,B − A"
+    assert len(lines) == 1 + len(numbers)
+
+
+def test_a_link_opens_the_same_view(opened, page_file):
+    opened.locator(".panel").nth(1).click()
+    opened.get_by_role("button", name="copy a link to this view").click()
+    opened.get_by_role("button", name="copied").wait_for()
+    link, before = opened.evaluate("navigator.clipboard.readText()"), drawing(opened)
+    opened.goto("about:blank")
+    opened.goto(link)
+    opened.wait_for_selector(".panel")
+    assert drawing(opened)[0] == before[0]
+
+
+@pytest.mark.parametrize(
+    "address", ["#", "#study=other&measure=x&switch=y&a=q&b=q&at.z=1", "#columns=none&rows=none", "#%%%=1"]
+)
+def test_any_address_opens(page, page_file, address):
+    page.goto(f"file://{page_file}{address}")
+    page.wait_for_selector(".verdict")
+
+
+def test_missing_runs_and_what_was_left_out_are_told(page, recorded, tmp_path):
+    found = index(recorded)
+    found["left_out"].append({"where": "runs/<b>", "why": "it is damaged"})
+    (tmp_path / "page.html").write_text(ablations.page(found))
+    page.goto(f"file://{tmp_path}/page.html#{SELECTION}")
+    page.locator("summary", has_text="2 runs of these two values not made yet").click()
+    assert "3: linear, x, 1.5, seed 0" in page.locator(".missing").inner_text()
+    assert page.get_by_role("button", name="train").count() == 0  # there is no kernel
+    page.locator("summary", has_text="1 folder left out").click()
+    assert "runs/<b> it is damaged" in page.locator(".left").inner_text()
+
+
+def test_other_projects_open(page, tmp_path):
+    """No study; a study that nobody made; one run of no study; many of them."""
+    base = dataclasses.replace(RECIPES["digits-cpu"], steps=100)
+    path = tmp_path / "page.html"
+
+    def show(text):
+        path.write_text(ablations.page(index(tmp_path)))
+        page.goto("about:blank")
+        page.goto(f"file://{path}")
+        page.get_by_text(text).first.wait_for()
+
+    show("No study has runs or a record yet.")
+    synthetic.loose_run(tmp_path, "one", base)
+    show("There is one run, and nothing to compare it with.")
+    for seed in (1, 2):
+        synthetic.loose_run(tmp_path, f"one-{seed}", dataclasses.replace(base, seed=seed))
+    for seed in (0, 1, 2):
+        synthetic.loose_run(
+            tmp_path, f"fast-{seed}", dataclasses.replace(base, seed=seed, learning_rate=0.02), loss=0.3 + seed / 100
+        )
+    show("A: learning_rate 0.02")
+    assert page.locator(".mark.a").count() >= 3
+    synthetic.copy_study(tmp_path)
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    show("no pair of runs")
+
+
+def test_a_small_dark_screen_holds_everything(browser, page_file):
+    context = browser.new_context(offline=True, viewport={"width": 380, "height": 800}, color_scheme="dark")
+    page = context.new_page()
+    page.goto(f"file://{page_file}#{SELECTION}")
+    page.wait_for_selector(".panel")
+    assert page.evaluate("document.documentElement.scrollWidth") == 380
+    background = page.locator("html").evaluate("(node) => getComputedStyle(node).backgroundColor")
+    assert background == "rgb(21, 24, 28)"
+    context.close()
+
+
+def test_the_index_says_how_measures_are_read(recorded):
+    found = index(recorded)
+    assert json.loads(json.dumps(found["measures"]["fd"])) == {
+        "title": "FD",
+        "better": "lower",
+        "group": "quality",
+        "counted": False,
+    }
+    assert next(iter(found["measures"])) == "velocity_error"
+    assert measure_of("fd").title == "FD"
