@@ -42,7 +42,7 @@ SHEET = 16  # samples on a sheet
 CAPTIONS = 64  # pictures among which a caption's own has to be the nearest
 
 
-def measure(
+def measure_run(
     run: Run, wanted: Measures, sampling: SamplingConfig | None = None, into: Run | None = None
 ) -> dict[str, Any]:
     """Measure a trained run and keep the result as "study" in metrics.json, with sixteen samples in sheet.webp.

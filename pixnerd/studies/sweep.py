@@ -152,16 +152,16 @@ def _make(study: Study, run: PlannedRun) -> None:
     on_stop_signals(_stop_now)
     from ..distributed import join
     from ..training.interruptible import train_until_stopped
-    from .measures import measure
+    from .measures import measure_run
 
     _note_surroundings(run.folder / SWEEP / "made.json")
     if run.model:
-        measure(Run(run.model), study.measure, run.config.sampling, into=Run(run.folder))
+        measure_run(Run(run.model), study.measure, run.config.sampling, into=Run(run.folder))
         return
     if train_until_stopped(run.config, join()) < run.config.steps:
         sys.exit(STOPPED)
     on_stop_signals(_stop_now)  # nothing is lost while measuring: the last step has its checkpoint
-    measure(Run(run.folder), study.measure)
+    measure_run(Run(run.folder), study.measure)
 
 
 def _stop_now(*_: object) -> None:

@@ -99,7 +99,7 @@ def run(tmp_path_factory):
 
 
 def test_a_run_is_measured_and_the_result_kept(run, wanted):
-    found = measures.measure(run, wanted)
+    found = measures.measure_run(run, wanted)
     assert run.metrics()["study"] == json.loads(json.dumps(found))
     assert found["wanted"]["samples"] == 20
     scores = found["scores"]
@@ -110,7 +110,7 @@ def test_a_run_is_measured_and_the_result_kept(run, wanted):
     assert scores["sharpness"] > 1  # two steps from noise
     with Image.open(run.folder / "sheet.webp") as sheet:
         assert sheet.size == (133, 133)
-    assert measures.measure(run, wanted)["scores"] == scores
+    assert measures.measure_run(run, wanted)["scores"] == scores
 
 
 def test_samples_come_from_noise_that_all_runs_share(run, wanted, monkeypatch):
@@ -122,7 +122,7 @@ def test_samples_come_from_noise_that_all_runs_share(run, wanted, monkeypatch):
             super().__init__(config, *others)
 
     monkeypatch.setattr(measures, "Samples", Watched)
-    scores = measures.measure(run, dataclasses.replace(wanted, unguided=0))["scores"]
+    scores = measures.measure_run(run, dataclasses.replace(wanted, unguided=0))["scores"]
     assert "unguided_agreement" not in scores
     assert (seen["settings"].seed, seen["settings"].draw, seen["settings"].classes) == (0, 20, "equal")
     model, config = load(str(run.folder)), run.config().sampling
@@ -137,7 +137,8 @@ def test_another_way_to_sample_is_kept_in_another_folder(run, wanted, tmp_path):
     into = Run(tmp_path / "study" / "0001-three-steps")
     into.folder.mkdir(parents=True)
     before = run.metrics()
-    found = measures.measure(run, dataclasses.replace(wanted, unguided=0), SamplingConfig(steps=3, guidance=1.0), into)
+    sampling = SamplingConfig(steps=3, guidance=1.0)
+    found = measures.measure_run(run, dataclasses.replace(wanted, unguided=0), sampling, into)
     assert found["sampling"]["steps"] == 3
     assert into.metrics() == json.loads(json.dumps({"study": found}))
     assert run.metrics() == before
