@@ -39,10 +39,15 @@ def check_parameters(executed: Sequence[str]) -> None:
             raise InputError(f"parameter {name} is {value!r}; it has to be {_kind(default)}")
 
 
-def folder_of_run(name: str) -> str:
-    """runs/NAME in the project, wherever a notebook is started; without the project, in the current folder."""
+def in_project(path: str) -> str:
+    """A path in the project, wherever a notebook is started; without the project, in the current folder."""
     project = Path(__file__).parents[2]
-    return str((project if (project / "pyproject.toml").is_file() else Path()).absolute() / "runs" / name)
+    return str((project if (project / "pyproject.toml").is_file() else Path()).absolute() / path)
+
+
+def folder_of_run(name: str) -> str:
+    """runs/NAME, see `in_project`."""
+    return in_project(f"runs/{name}")
 
 
 def _assigned(source: str) -> dict[str, Any]:
