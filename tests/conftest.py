@@ -1,6 +1,7 @@
 """What several test files use: small models with random weights everywhere, so that no zero hides a mistake."""
 
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -11,6 +12,9 @@ from pixnerd.model import ModelConfig, PixNerd
 os.environ.setdefault("MPLBACKEND", "agg")
 hypothesis.settings.register_profile("any machine", deadline=None)  # its speed is no property of the code
 hypothesis.settings.load_profile("any machine")
+# nohup and a shell's & have these ignored, which a program that is started inherits, and a training run respects
+signal.signal(signal.SIGHUP, lambda *_: None)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = ModelConfig(
     width=24, heads=2, blocks=2, patch_size=4, image_size=16, field_width=8, field_blocks=2, field_ratio=2

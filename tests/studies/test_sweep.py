@@ -121,7 +121,7 @@ def test_a_signal_while_measuring_ends_at_once_and_the_measuring_is_repeated(stu
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(measures, "measure", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+            patch.setattr(measures, "measure_run", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
             with pytest.raises(SystemExit) as ended:
                 carry_out(study, run)
         assert ended.value.code == STOPPED
