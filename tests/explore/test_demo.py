@@ -244,7 +244,7 @@ def test_a_run_that_guides_every_step_checks_the_box(tmp_path):
 
 CHANGES = {  # control → values, each of which changes the images
     "count": [2, 16],
-    "seed": ["1", "123456789012345678901234567890"],
+    "seed": ["1", str(2**63 - 1)],
     "steps": ["1", "7"],
     "guidance": ["1", "0", "-2.5", "7"],
     "interval": [(0.0, 0.4), (0.6, 1.0)],
@@ -254,7 +254,12 @@ CHANGES = {  # control → values, each of which changes the images
     "size": ["8", "32", "18"],
 }
 WRONG = {  # control → (value, sentence)
-    "seed": [("", "seed is empty; a whole number is needed"), ("-1", "seed is -1"), ("1.5", "seed is 1.5")],
+    "seed": [
+        ("", "seed is empty; a whole number is needed"),
+        ("-1", "seed is -1"),
+        ("1.5", "seed is 1.5"),
+        (str(2**63), "below 2⁶³"),
+    ],
     "steps": [("", "steps is empty"), ("0", "steps is 0"), ("201", "steps is 201"), ("<b>", "steps is &lt;b&gt;;")],
     "guidance": [("", "guidance is empty; a number is needed"), ("nan", "guidance is nan")],
     "interval": [((0.4, 0.4), "guidance interval (0.4, 0.4) is not a range; it needs 0 ≤ low &lt; high ≤ 1")],
