@@ -50,9 +50,9 @@ def _fault(value: Any, kind: Any) -> str:
     if kind is bool:
         return "" if isinstance(value, bool) else "it has to be True or False"
     if kind is int:
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        too_large = "" if whole and abs(value) < 2**63 else "it has to be below 2⁶³"
-        return too_large if whole else "it has to be a whole number"
+        if not isinstance(value, int) or isinstance(value, bool):
+            return "it has to be a whole number"
+        return "" if abs(value) < 2**63 else "it has to be below 2⁶³"
     if kind is float:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return "" if number and abs(value) <= sys.float_info.max else "it has to be a finite number"

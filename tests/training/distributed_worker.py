@@ -19,7 +19,7 @@ import torch
 from pixnerd import InputError, checkpoints, flow
 from pixnerd.distributed import join, leave
 from pixnerd.model import ModelConfig
-from pixnerd.training import TrainConfig, loop, train
+from pixnerd.training import StepRecord, TrainConfig, loop, train
 
 STEPS, KILLED_AFTER = 20, 7
 WAYS = {
@@ -66,6 +66,14 @@ def work(folder: Path, kill: bool) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def until_given_up(settings: TrainConfig) -> Iterator[StepRecord]:
+    """A training run two steps after its checkpoint. The caller keeps it: if it were closed, it would save."""
+    records = train(settings, torch.device("cpu"))
+    while next(records).step < KILLED_AFTER + 2:
+        pass
+    return records
+
+
 def again(folder: Path) -> None:
     """Train in three ways, each once straight through and once given up after a checkpoint and resumed."""
     given_up = []
@@ -73,10 +81,7 @@ def again(folder: Path) -> None:
         for name in ("straight", "resumed"):
             settings = dataclasses.replace(config(folder / name, way, several=True), workers=1, log_every=1)
             if name == "resumed":
-                records = train(settings, torch.device("cpu"))
-                given_up.append(records)  # not closed: it saves nothing
-                while next(records).step < KILLED_AFTER + 2:
-                    pass
+                given_up.append(until_given_up(settings))
             for _ in train(settings, torch.device("cpu")):
                 pass
 
@@ -89,10 +94,7 @@ def skips(folder: Path) -> None:
             settings = dataclasses.replace(config(folder / name, way), non_finite="skip")
             with overflowing(3, KILLED_AFTER + 4):
                 if name == "resumed":
-                    records = train(settings, torch.device("cpu"))
-                    given_up.append(records)  # not closed: it saves nothing
-                    while next(records).step < KILLED_AFTER + 2:
-                        pass
+                    given_up.append(until_given_up(settings))
                 for _ in train(settings, torch.device("cpu")):
                     pass
 
