@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -238,6 +238,10 @@ def dots(
         axis.set_title(title, fontsize=9)
         axis.set(yscale="log" if log else "linear", xlim=(-0.4, len(points) - 0.6))
         axis.spines[["top", "right"]].set_visible(False)
+    if log:  # all panels share these ticks
+        axes[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes[0, 0].yaxis.set_major_formatter("{x:g}")
+        axes[0, 0].yaxis.set_minor_formatter(NullFormatter())
     axes[0, 0].set_ylabel(y_label)
     axes[0, -1].legend(fontsize=8, frameon=False)
     figure.supxlabel(x_label, fontsize=10)

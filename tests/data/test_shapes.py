@@ -53,7 +53,7 @@ def test_coverage_is_the_share_of_points_inside(shape, x, y, radius):
     inside = INSIDE[shape]((points - x) / radius, (points[:, None] - y) / radius)
     expected = np.broadcast_to(inside, (16 * fine,) * 2).reshape(16, fine, 16, fine).mean((1, 3))
     found = coverage(shape, x, y, radius, np.arange(17), np.arange(17))
-    assert np.abs(found - expected).max() < 1.1 / fine  # a vertical edge between two columns of points
+    assert np.abs(found - expected).max() < 2.1 / fine  # points misjudge a length by less than one, along x and along y
 
 
 @pytest.mark.parametrize("shape", SHAPES)
