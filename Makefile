@@ -4,6 +4,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+# What pixnerd/__init__.py sets, for notebooks and tests that load torch before it
+ifndef OMP_WAIT_POLICY
+export GOMP_SPINCOUNT ?= 5000
+endif
 
 .PHONY: setup quickstart demo explore minilm test lab notebooks exercises book lint lock
 

@@ -3,7 +3,15 @@
 Everything is imported on first use: `import pixnerd` alone does not load torch.
 """
 
+import os
+
 import lazy_loader
+
+# OpenMP's threads wait for one another by spinning. Where another process needs the cores, that keeps them from the
+# very thread that is waited for: two trainings side by side take tenfold the time. A short spin is as fast alone.
+# libgomp reads this when torch is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,

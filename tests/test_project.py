@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -178,3 +179,20 @@ def test_every_data_set_and_frozen_network_has_its_file():
         for entry in entries:
             module, name = entry.split(".")
             assert hasattr(importlib.import_module(f"pixnerd.{package}.{module}"), name)
+
+
+@pytest.mark.parametrize(
+    ("own", "spin"),
+    [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    ids=["default", "own spin", "own policy"],
+)
+def test_threads_spin_shortly_unless_the_user_decides(own, spin):
+    environment = {name: value for name, value in os.environ.items() if not re.match("GOMP_|OMP_", name)} | own
+    code = "import pixnerd, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == spin
+    done = subprocess.run(
+        ["make", "--no-print-directory", "--eval", "spin: ; @echo $${GOMP_SPINCOUNT:-None}", "spin"],
+        env=environment, cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == spin

@@ -316,7 +316,7 @@ def _start(run: PlannedRun, arguments: list[str], jobs: int) -> Child:
     output = run.folder / SWEEP / "output.txt"
     make_folder(output.parent)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    defaults = {"OMP_NUM_THREADS": str(max(1, cores // jobs)), "GOMP_SPINCOUNT": "5000", "PYTHONUNBUFFERED": "1"}
+    defaults = {"OMP_NUM_THREADS": str(max(1, cores // jobs)), "PYTHONUNBUFFERED": "1"}
     with writing(output), output.open("ab") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "pixnerd", *arguments],
