@@ -11,6 +11,7 @@ from pixnerd.conditions import Captions, Labels
 from pixnerd.frozen.text_encoder import TransformersEncoder
 from pixnerd.text import TextModelConfig
 from pixnerd.training import TrainConfig, train
+from pixnerd.training.batches import StepImages
 
 CAPTIONS = [("a cat", "a red cat", "a blue dog"), ("a",), ("blue cat", "red"), ("a dog a dog a dog", "dog")]
 
@@ -44,6 +45,17 @@ def test_choosing_among_tokens_never_waits_for_the_device(conditions):
         assert conditions.of_images(some[0], some[0], some[1], some[2], faked).shape == (3, 6, 12)
         with pytest.raises(Exception, match="aten._local_scalar_dense"):
             some[2].tolist()
+
+
+def test_a_worker_hands_over_the_tokens_of_its_images(conditions, tmp_path, tiny_folder):
+    """Without them the training process would tokenise, at every step."""
+    config = config_for(tmp_path, tiny_folder)
+    dataset = data.load("synthetic", 16)
+    loaded = StepImages(
+        {16: dataset}, config, range(2, 6), lambda indices: conditions.tokenizer([i % 4 for i in indices])
+    )[1]
+    expected = conditions.tokenizer([index % 4 for index in loaded.indices.tolist()])
+    assert all(torch.equal(*pair) for pair in zip(loaded.tokens, expected, strict=True))
 
 
 def test_labels_need_no_worker():

@@ -861,6 +861,10 @@ def test_too_little_shared_memory_is_said_before_the_run(tmp_path, monkeypatch):
     train(config_for(tmp_path / "run", workers=2), CPU).close()
     free(0)
     train(config_for(tmp_path / "alone"), CPU).close()
+    free(100 * 2**20)
+    config = config_for(tmp_path / "large", workers=2, batch_size=2**20)  # 3,840 MiB; twice that is 7.5 GiB
+    with pytest.raises(InputError, match=r"needs 3840 MiB, but it has 100 MiB free: .* --shm-size=8g,"):
+        train(config, CPU)
 
 
 def test_a_loader_that_is_killed_is_one_sentence_and_keeps_the_steps(tmp_path, monkeypatch):
