@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from .encodings import Encoding, coordinate_table, encoding_features
 from .encodings import dct_encoding as dct_encoding
 from .encodings import sincos_encoding as sincos_encoding
-from .layers import RMSNorm, at_least_float32, modulate
+from .layers import OutputLinear, RMSNorm, at_least_float32, modulate
 from .model_config import FieldWeights, WeightNorm
 
 PATCHES_PER_PIECE = 1024  # the backward pass recomputes the field of this many patches at a time
@@ -102,9 +102,7 @@ class NeuralFieldHead(nn.Module):
             made = (SharedFieldBlock(condition_width, width, ratio) for _ in range(blocks))
         self.blocks = nn.ModuleList(made)
         self.norm = RMSNorm(width) if output_norm else nn.Identity()
-        self.out = nn.Linear(width, channels)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.out = OutputLinear(width, channels)
 
     def decode(self, pixels: Tensor, s: Tensor, table: Tensor) -> Tensor:
         """pixels [M, K, C], conditions s [M, D] and the shared coordinate table [K, F] → [M, K, C]."""
@@ -144,9 +142,7 @@ class LinearHead(nn.Module):
 
     def __init__(self, condition_width: int, channels: int, patch_size: int):
         super().__init__()
-        self.out = nn.Linear(condition_width, patch_size * patch_size * channels)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.out = OutputLinear(condition_width, patch_size * patch_size * channels)
 
     def forward(self, pixels: Tensor, s: Tensor, patch: tuple[int, int], recompute: bool) -> Tensor:
         """s [M, D] → [M, K, C]; the values of `pixels` and `recompute` are not used."""

@@ -76,6 +76,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(*(at_least_float32(y) for y in (q, k, v))).type_as(v)
 
 
+class OutputLinear(nn.Linear):
+    """A network's last layer, zero at the start, so that an untrained network predicts zero.
+
+    While sampling it computes in float32 under autocast, too. bfloat16 rounds a pixel to half a level of 255, an error
+    in every step that an image keeps: notebooks/measured_models.md, "In bfloat16".
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or not torch.amp.is_autocast_available(x.device.type):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
 class Attention(nn.Module):
     """Self-attention with RMS-normalised queries and keys. [B, N, D] → [B, N, D]."""
 

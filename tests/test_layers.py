@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixnerd.layers import Attention, TimeEmbedding, rotary_table, rotate
+from pixnerd.layers import Attention, OutputLinear, TimeEmbedding, rotary_table, rotate
 
 from . import plain
 from .conftest import randomised
@@ -44,6 +44,18 @@ def test_bfloat16_attention_stays_close():
         rough = attention(x, rotary)
     assert rough.dtype == torch.bfloat16
     assert 0 < (rough - exact).norm() / exact.norm() < 0.03
+
+
+def test_last_layer_rounds_no_sample_to_bfloat16():
+    layer = randomised(OutputLinear(16, 3))
+    x = torch.randn(50, 16).bfloat16()  # what the layer before it gives under autocast
+    exact = x.double() @ layer.weight.double().T + layer.bias.double()
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), exact.float(), atol=1e-5, rtol=1e-5)
+        assert layer(x).dtype == torch.bfloat16  # while training, where it would keep a float32 copy of its input
+    with torch.no_grad():
+        assert layer.bfloat16()(x).dtype == torch.bfloat16  # a network that was converted as a whole
 
 
 def test_time_embedding_reads_unscaled_time():
