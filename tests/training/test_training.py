@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pixnerd import InputError, ModelConfig, data, flow, load, plots, training
 from pixnerd.checkpoints import newest_checkpoint
@@ -345,6 +346,26 @@ def test_learning_rate_schedule():
     assert [training.learning_rate(config, step) for step in (0, 1, 5, 9)] == pytest.approx([0.5, 0.9, 1.0, 0.2])
     constant = dataclasses.replace(config, decay="constant", warmup_steps=0)
     assert {training.learning_rate(constant, step) for step in range(10)} == {2.0}
+
+
+def test_tensorboard_shows_the_log_also_of_a_run_that_went_on(tmp_path):
+    config = config_for(tmp_path / "run")
+    stopped = train(config, CPU)
+    for record in stopped:
+        if record.step == 10:
+            stopped.close()
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+    list(train(config, CPU))
+    log = Run(tmp_path / "run").read_log()
+    shown = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    for name in ("loss", "gradient_norm", "learning_rate", "images_per_second"):
+        found = [(event.step, event.value) for event in shown.Scalars(name)]
+        assert found == [(entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in log]
+    for tenth in range(10):
+        known = {entry["step"]: entry["loss_by_t"][tenth] for entry in log if entry["loss_by_t"][tenth] is not None}
+        if name := known and f"loss_by_t/{tenth / 10:.1f}":
+            found = {event.step: event.value for event in shown.Scalars(name)}
+            assert found == pytest.approx(known, rel=1e-6)
 
 
 def test_log_holds_the_mean_loss_and_the_loss_by_t(tmp_path, straight):
