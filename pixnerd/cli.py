@@ -113,8 +113,8 @@ class Sample(Command):
     """RUN, RUN@STEP, a .safetensors file or released weights (a file, or MCG-NJU/PixNerd-XL-P16-C2I)"""
     count: Count = 100
     """number of images, divided evenly among the classes or prompts, in order"""
-    labels: tuple[Index, ...] = ()
-    """classes to sample instead of all"""
+    labels: tuple[str, ...] = ()
+    """classes to sample instead of all: numbers, or names as the data had them when the run began"""
     prompts: tuple[str, ...] = ()
     """captions to sample, for a text model; the labels in samples.npz are then indices into this list"""
     sampling: OwnSampling = field(default_factory=SamplingConfig)
@@ -142,7 +142,7 @@ class Sample(Command):
         model = source.load(device=device)
         target = Run(self.out or source.results.folder)
         make_folder(target.folder)
-        conditions = model_conditions(model, source.config(model), device)
+        conditions = model_conditions(model, source.config(model), device, source.class_names(model))
         subjects = conditions.asked_for(self.labels, self.prompts, f"{'run ' * bool(source.run)}{self.source}")
         each = -(-self.count // len(subjects))  # rounded up
         indices = torch.arange(len(subjects)).repeat_interleave(each)[: self.count]  # each image's subject
@@ -255,8 +255,8 @@ class Data(Command):
         dataset = data.load(self.name, self.image_size)
         counts = torch.bincount(dataset.labels, minlength=dataset.num_classes).tolist()
         print(f"{self.name}: {len(dataset)} images of {dataset.channels}x{self.image_size}x{self.image_size}")
-        for name, count in zip(dataset.classes, counts, strict=True):
-            print(f"  {name}: {count}")
+        for name, word, count in zip(dataset.classes, dataset.words, counts, strict=True):
+            print(f"  {name}{f' {word}' * (word != name)}: {count}")
         shuffle = generator(torch.device("cpu"), 0, Purpose.DATA_ORDER)
         chosen = torch.randperm(len(dataset), generator=shuffle)[:100].tolist()
         for index in chosen[:3] if dataset.captions else ():

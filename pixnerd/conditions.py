@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import data
+from .classes import ClassNames, numbered
 from .config import TrainConfig
 from .data import ImageDataset
 from .errors import InputError
@@ -55,6 +56,8 @@ class Conditions(Protocol):
     """how an image is requested: by its "class" or by a "prompt" """
     num_classes: int | None
     """the network's number of classes; None if it is told captions"""
+    names: ClassNames | None
+    """what the classes are called; None if it is told captions"""
     nothing: Tensor
     """what stands for no label or no caption, for guidance: [] or [L, F]"""
     tokenizer: CaptionTokenizer | None
@@ -76,8 +79,11 @@ class Conditions(Protocol):
             tokens: what `tokenizer` made of the images' captions, on the CPU.
         """
 
-    def asked_for(self, labels: Sequence[int], prompts: Sequence[str], source: str) -> Sequence[Subject]:
-        """What a user requests from `source`, by labels or prompts; no labels means all classes. Raises InputError."""
+    def asked_for(self, labels: Sequence[str], prompts: Sequence[str], source: str) -> Sequence[Subject]:
+        """What a user requests from `source`, by prompts or by labels, numbers or names; no labels means all classes.
+
+        Raises InputError.
+        """
 
     def subjects(self, reference: str, image_size: int) -> Sequence[Subject]:
         """What an evaluation samples: every class, or the plainest caption of each image in the data set `reference`.
@@ -87,13 +93,17 @@ class Conditions(Protocol):
 
 
 class Labels:
-    """Class labels; num_classes itself stands for "no label"."""
+    """Class labels; num_classes itself stands for "no label".
+
+    Args:
+        names: what the labels mean, if it is known.
+    """
 
     subject = "class"
     tokenizer = None
 
-    def __init__(self, num_classes: int):
-        self.num_classes = num_classes
+    def __init__(self, num_classes: int, names: ClassNames | None = None):
+        self.num_classes, self.names = num_classes, names or numbered(num_classes)
         self.nothing = torch.tensor(num_classes)
 
     def encode(self, subjects: Sequence[Subject]) -> Tensor:
@@ -110,10 +120,10 @@ class Labels:
         """[B]"""
         return labels.masked_fill(dropped, self.num_classes)
 
-    def asked_for(self, labels: Sequence[int], prompts: Sequence[str], source: str) -> Sequence[int]:
+    def asked_for(self, labels: Sequence[str], prompts: Sequence[str], source: str) -> Sequence[int]:
         if prompts:
             raise InputError(f"{source} has a class-conditional model: it takes --labels")
-        return labels or range(self.num_classes)
+        return [self.names.label(label) for label in labels] or range(self.num_classes)
 
     def subjects(self, reference: str, image_size: int) -> Sequence[int]:
         return range(self.num_classes)
@@ -128,7 +138,7 @@ class Captions:
     """
 
     subject = "prompt"
-    num_classes = None
+    num_classes = names = None
 
     def __init__(self, encode: TextEncoder, captions: Sequence[tuple[str, ...]] = ()):
         self.encode_text, self.captions = encode, captions
@@ -174,7 +184,7 @@ class Captions:
         for row, column in (tokens.lengths > self.encode_text.length).nonzero()[:1].tolist():
             self.encode_text.warn(self.captions[int(indices[row])][column], int(tokens.lengths[row, column]))
 
-    def asked_for(self, labels: Sequence[int], prompts: Sequence[str], source: str) -> Sequence[str]:
+    def asked_for(self, labels: Sequence[str], prompts: Sequence[str], source: str) -> Sequence[str]:
         if not prompts or labels:
             raise InputError(f"{source} has a text model: it takes --prompts")
         return prompts
@@ -195,10 +205,15 @@ def training_conditions(config: TrainConfig, dataset: ImageDataset, device: torc
     return Captions(caption_encoder(config, device), dataset.captions)
 
 
-def model_conditions(model: PatchDenoiser, config: TrainConfig, device: torch.device) -> Conditions:
-    """What a trained model is told; its run's `config` names the encoder. Raises InputError if that is missing."""
+def model_conditions(
+    model: PatchDenoiser, config: TrainConfig, device: torch.device, names: ClassNames | None = None
+) -> Conditions:
+    """What a trained model is told; its run's `config` says with which encoder, `names` what its classes are called.
+
+    Raises InputError if the encoder is missing.
+    """
     if model.num_classes is not None:
-        return Labels(model.num_classes)
+        return Labels(model.num_classes, names)
     return Captions(caption_encoder(config, device))
 
 

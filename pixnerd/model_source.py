@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .classes import ClassNames
 from .config import RELEASED, SamplingConfig, TrainConfig
+from .data.synsets import synsets, words_of
 from .errors import InputError
 from .files import content_hash, reachable, readable
 from .recipes import TEXT_256
@@ -122,6 +124,23 @@ class ModelSource:
         if self.run is not None:
             return self.run.config()
         return TrainConfig(model=model.config, sampling=self.sampling, cache_text=False)
+
+    def class_names(self, model: "PatchDenoiser") -> ClassNames | None:
+        """What the labels of the trained `model` mean; None if that is not known, or it is told captions.
+
+        Weights without a run that tell 1,000 classes apart are taken for ones of ImageNet, as all released ones are.
+
+        Raises InputError if the run's names cannot be read, or are those of another number of classes.
+        """
+        if model.num_classes is None:
+            return None
+        if self.run is not None:
+            if (names := self.run.class_names()) is not None and len(names) != model.num_classes:
+                path, count = self.run.classes_path, model.num_classes
+                raise InputError(f"{path} names {len(names)} classes; the model of {self.name} has {count}")
+            return names
+        ids = synsets()
+        return ClassNames(ids, words_of(ids)) if model.num_classes == len(ids) else None
 
     def _reads_text(self) -> bool:
         if self.path is None:

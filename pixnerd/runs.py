@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .classes import ClassNames
 from .config import SamplingConfig, TrainConfig
+from .data.synsets import words_of
 from .differences import differences
 from .errors import InputError
 from .files import (
@@ -83,16 +85,30 @@ class Run:
         remove_partial_files(self.checkpoints)
         write_atomically(self.config_path, json.dumps(config.to_dict(), indent=2) + "\n")
         if classes is not None and self.classes() is None:
-            write_atomically(self.classes_path, json.dumps({"classes": list(classes)}) + "\n")
+            written = {"classes": list(classes), "words": words_of(classes)}
+            write_atomically(self.classes_path, json.dumps(written) + "\n")
 
     def classes(self) -> list[str] | None:
         """The class that each label means, from classes.json; None if an earlier version began the run."""
         if not self.classes_path.is_file():
             return None
-        classes = read_json(self.classes_path, "the names of a run's classes").get("classes")
-        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise InputError(f"{self.classes_path} holds no list of classes")
-        return classes
+        return self._names("classes")
+
+    def class_names(self) -> ClassNames | None:
+        """The same with the words for it, of which earlier versions wrote none."""
+        if (classes := self.classes()) is None:
+            return None
+        words = self._names("words", classes)
+        if len(words) != len(classes):
+            raise InputError(f"{self.classes_path} has {len(words)} words for {len(classes)} classes")
+        return ClassNames(classes, words)
+
+    def _names(self, entry: str, default: list[str] | None = None) -> list[str]:
+        """A list of names in classes.json. Raises InputError if it is none."""
+        names = read_json(self.classes_path, "the names of a run's classes").get(entry, default)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"{self.classes_path} holds no list of {entry}")
+        return names
 
     def check_classes(self, classes: Sequence[str] | None) -> None:
         """Raise InputError unless these classes of its data, as they are now, are those of when the run began."""

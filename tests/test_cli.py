@@ -152,7 +152,7 @@ def test_another_run_in_the_folder(trained, capsys):
         (["--solver", "rk4"], "solver 'rk4' is unknown"),
         (["--count", "0"], "count is 0; it has to be at least 1"),
         (["--seed", "-1"], "seed is -1; it cannot be negative"),
-        (["--labels", "-1"], "labels is (-1,); it cannot be negative"),
+        (["--labels", "-1"], "label -1 is outside 0 … 10"),
         (["--batch-size", "0"], "batch_size is 0"),
         (["--image-size", "0", "16"], "image_size is (0, 16); it has to be at least 1"),
         (["--guidance", "nan"], "guidance is nan; it has to be a finite number"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import InputError
+from .synsets import words_of
 
 
 def cache_folder() -> Path:
@@ -46,6 +47,11 @@ class ImageDataset(Dataset, ABC):
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    @property
+    def words(self) -> list[str]:
+        """What people call each class: "tench" for ImageNet's n01440764, elsewhere the class itself."""
+        return words_of(self.classes)
 
     @abstractmethod
     def pixels(self, index: int) -> Tensor:

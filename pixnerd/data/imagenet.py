@@ -4,7 +4,6 @@ A label is the index of the id in alphabetical order, n01440764 (tench) = 0 … 
 published class-conditional models use this order; an extra or missing folder would shift labels and is refused.
 """
 
-import hashlib
 from pathlib import Path
 
 from torch import Tensor
@@ -13,17 +12,7 @@ from tqdm import tqdm
 from ..errors import InputError
 from .dataset import ImageDataset
 from .pictures import PictureFiles, find_pictures, read_pixels, subfolders
-
-LIST = Path(__file__).with_name("imagenet_synsets.txt")
-SHA256 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"  # of the ids, joined by line breaks
-
-
-def synsets() -> list[str]:
-    """The 1,000 WordNet ids, in the order of their labels. Raises InputError when the list's sha256 differs."""
-    ids = LIST.read_text().split()
-    if hashlib.sha256("\n".join(ids).encode()).hexdigest() != SHA256:
-        raise InputError(f"{LIST} is not the list of ImageNet's classes (its sha256 differs): reinstall pixnerd")
-    return ids
+from .synsets import synsets
 
 
 class ImageNet(ImageDataset):

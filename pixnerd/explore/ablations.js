@@ -1003,7 +1003,8 @@ function samples(page) {
   const arms = ["a", "b"].map((side) => armOf(study, { ...selection.at, [selection.axis]: selection[side] }));
   const sources = arms.map((arm) => study.sheets[arm]);
   if (!sources.some(Boolean)) return [];
-  const labels = ["a", "b"].map((side) => `sixteen samples of ${side.toUpperCase()}, ${page.sideName(side)}`);
+  const many = study.loose ? "samples" : "sixteen samples";
+  const labels = ["a", "b"].map((side) => `${many} of ${side.toUpperCase()}, ${page.sideName(side)}`);
   const figures = ["a", "b"].map((side, i) => {
     const caption = make("figcaption", { class: `side ${side}` }, `${side.toUpperCase()}: ${page.sideName(side)}`);
     return make(
@@ -1015,7 +1016,9 @@ function samples(page) {
   });
   const remember = (share) => (page.share = share);
   if (sources.every(Boolean)) figures.push(wipe(sources, labels, page.share, remember));
-  const note = "Both start from the same noise in the same place. They are the samples of one seed.";
+  const note = study.loose
+    ? "The newest samples that a run on each side keeps; they may be asked for other things, and start from other noise."
+    : "Both start from the same noise in the same place. They are the samples of one seed.";
   return [
     make("h3", {}, headed(page, "Samples")),
     make("div", { class: "sheets" }, ...figures),

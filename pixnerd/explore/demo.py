@@ -82,7 +82,7 @@ def open_run(path: str | Path) -> Trained:
     source, device = find_model(path), default_device()
     model = source.load(device=device)
     config = source.config(model)
-    return Trained(config, model, model_conditions(model, config, device))
+    return Trained(config, model, model_conditions(model, config, device, source.class_names(model)))
 
 
 def states(run: Trained, request: Request) -> Iterator[State]:
@@ -187,8 +187,9 @@ class Panel(widgets.VBox):
     def __init__(self, run: Trained, name: str):
         self.run = run
         own, side = run.config.sampling, run.model.config.image_size
-        if run.conditions.num_classes is not None:
-            self.subject = _control(widgets.Dropdown, "class", 0, options=range(run.conditions.num_classes))
+        if (names := run.conditions.names) is not None:
+            options = [(names.title(label), label) for label in range(len(names))]
+            self.subject = _control(widgets.Dropdown, "class", 0, options=options)
         else:
             self.subject = _control(widgets.Text, "prompt", "red heart", continuous_update=False)
         self.count = _control(widgets.IntSlider, "images", 4, min=1, max=MOST_IMAGES, continuous_update=False)

@@ -30,6 +30,7 @@ from ..recipes import RECIPES
 from ..runs import SWEEP, Run
 from ..studies.logged import curves_of, training_figures
 from ..studies.record import RECORDS, read_record, rows_of
+from ..studies.sheet import sheet_of_samples
 from ..studies.study import PlannedRun, Study, expand, read_study
 from ..studies.sweep import HARMLESS, status_of
 
@@ -41,6 +42,7 @@ STUDIES = Path("notebooks/studies")
 LOOSE = "runs of no study"
 CACHE = ".explorer.json"  # in the folder of the runs: what was read of each, until its files change
 FORMAT = 1  # of the cache
+SHEET_FILE, SAMPLES_FILE = "sheet.webp", "samples.npz"  # of a run: sixteen samples as a picture, and all samples
 READ = ("config.json", "metrics.json", "log.jsonl", f"{SWEEP}/planned.json", f"{SWEEP}/failed.json")
 NO_SWITCH = HARMLESS | {"seed"}  # settings that make no other arm
 
@@ -141,7 +143,7 @@ def _recorded(project: Path, left_out: list[Entry]) -> Iterator[Entry]:
                 _add_run(entry, run)
             for arm in entry["settings"]:
                 for sheet in sorted((folder / "sheets").glob(f"{arm}-{study.repeat}-*.webp"))[:1]:
-                    entry["sheets"][arm] = _picture(sheet)
+                    entry["sheets"][arm] = _picture(sheet.read_bytes())
             yield entry
 
 
@@ -165,8 +167,8 @@ def _add_own(project: Path, found: dict[str, Entry], left_out: list[Entry]) -> N
                         runs.append(read(run) | {"where": str(run.relative_to(project))})
                 if runs:
                     _add_swept(found.setdefault(folder.name, _of_runs(folder.name, runs)), project, runs, left_out)
-    if loose:
-        found[LOOSE] = _of_loose(loose, left_out)
+        if loose:
+            found[LOOSE] = _of_loose(loose, read, left_out)
 
 
 def _of_file(study: Study, path: Path, project: Path) -> Entry:
@@ -208,9 +210,9 @@ def _add_swept(entry: Entry, project: Path, runs: Sequence[Entry], left_out: lis
             left_out.append({"where": run["where"], "why": why})
         elif run["state"] == "done":
             _add_run(entry, _kept(run, number, choices))
-            sheet = project / run["where"] / "sheet.webp"
+            sheet = project / run["where"] / SHEET_FILE
             if _arm(run) not in entry["sheets"] and sheet.is_file():
-                entry["sheets"][_arm(run)] = _picture(sheet)
+                entry["sheets"][_arm(run)] = _picture(sheet.read_bytes())
         else:
             if number in missing:
                 missing[number] |= {"state": run["state"], "why": run["why"]}
@@ -252,8 +254,8 @@ def _question(file: Path) -> str:
     return " ".join(lines)
 
 
-def _picture(path: Path) -> str:
-    return f"data:image/webp;base64,{base64.b64encode(path.read_bytes()).decode()}"
+def _picture(webp: bytes) -> str:
+    return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"
 
 
 def _flat(config: Entry, prefix: str = "") -> Entry:
@@ -278,7 +280,7 @@ def _differing(settings: dict[str, Entry]) -> dict[str, Entry]:
 # --- runs of no study ------------------------------------------------------------------------------------------------
 
 
-def _of_loose(runs: Sequence[Entry], left_out: list[Entry]) -> Entry:
+def _of_loose(runs: Sequence[Entry], read: "Reader", left_out: list[Entry]) -> Entry:
     """Runs that `pixnerd train` made, as a study whose axes are the settings in which they differ."""
     done: dict[str, Entry] = {}
     for run in runs:
@@ -301,6 +303,12 @@ def _of_loose(runs: Sequence[Entry], left_out: list[Entry]) -> Entry:
         command = train_command(run["settings"], run["repeat"], run["where"])
         _add_run(entry, _kept(run, number, chosen) | {"command": command})
         entry["settings"]["-".join(chosen)] = differing[run["where"]]
+    for run in sorted(kept, key=lambda run: int(run["repeat"])):  # so that both sides have the same seed, if they can
+        arm, folder = "-".join(_label(value) for value in differing[run["where"]].values()), Path(run["where"])
+        if arm not in entry["sheets"]:
+            with _listing(left_out, folder / SAMPLES_FILE):
+                if sheet := read.sheet(read.runs / folder.name):
+                    entry["sheets"][arm] = sheet
     return entry | {"axes": {axis: list(values) for axis, values in axes.items()}}
 
 
@@ -347,6 +355,22 @@ class Reader:
         if stamp[3] and run["state"] != "done":  # a process may hold its lock
             run["state"], run["why"] = status_of(_planned(folder, run))
         return run
+
+    def sheet(self, folder: Path) -> str:
+        """The newest samples of a run that was read, as a picture; empty if it has none.
+
+        Raises InputError if they cannot be read.
+        """
+        stamps = {name: _stamp(folder / name) for name in (SHEET_FILE, SAMPLES_FILE)}
+        name = max(stamps, key=stamps.__getitem__)
+        if not stamps[name]:
+            return ""
+        kept, stamp = self.now[str(folder.relative_to(self.runs))], [name, *stamps[name]]
+        if kept.get("sheet", {}).get("stamp") != stamp:
+            made = (folder / name).read_bytes() if name == SHEET_FILE else sheet_of_samples(folder / name)
+            kept = kept | {"sheet": {"stamp": stamp, "picture": _picture(made)}}
+            self.now[str(folder.relative_to(self.runs))] = kept
+        return kept["sheet"]["picture"]
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from .. import cost, data, flow, frozen
 from ..conditions import Conditions, model_conditions
@@ -33,12 +32,12 @@ from ..model_source import ModelSource, find_model
 from ..runs import Run
 from ..sampling import sample_noise
 from .logged import training_figures
+from .sheet import SHEET, save_sheet
 from .wanted import Measures
 
 NETWORK = "efficientnet"
 SEED = 2020  # of what all runs share
 LAST = 0.96  # errors are measured up to this t, the last one at which 25 Euler steps ask for a velocity
-SHEET = 16  # samples on a sheet
 CAPTIONS = 64  # pictures among which a caption's own has to be the nearest
 
 
@@ -148,7 +147,7 @@ def sample_scores(
     """Samples against real images: features of both as they are and softened, sharpness, and what they show."""
     pixels, samples = draw(source, model, wanted, sampling, wanted.samples, world)
     with replacing(into.folder / "sheet.webp") as path:
-        save_sheet(pixels[:SHEET], path)
+        save_sheet(pixels[:SHEET].permute(0, 2, 3, 1).numpy(), path)
     network = frozen.load(NETWORK, world.device)
     real_images = open_images(samples.reference, samples.image_size)
     scores, features = {}, {}
@@ -218,11 +217,3 @@ def costs(model: PatchDenoiser, run: Run) -> dict[str, float]:
         "step_gflop": cost.step_flops(model, config.model.image_size, config.recompute) / 1e9,
         "activations_mib": kept / 2**20,
     }
-
-
-def save_sheet(images: Tensor, path: Any) -> None:
-    """Write images uint8 [16, 3, H, W] as a grid of 4 × 4, lossless."""
-    from PIL import Image
-
-    grid = make_grid(images, nrow=4, padding=1, pad_value=128)
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path, "WEBP", lossless=True)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from pixnerd import InputError, data
 from pixnerd.cli import main
-from pixnerd.data import imagenet
+from pixnerd.data import synsets
 from pixnerd.data.pictures import read_pixels
 
 
@@ -41,7 +41,7 @@ def pictures(tmp_path):
 def root(tmp_path, pictures):
     """PATH with train/: one image in each class, two in the last."""
     root = tmp_path / "ILSVRC"
-    for label, name in enumerate(imagenet.synsets()):
+    for label, name in enumerate(synsets.synsets()):
         (root / "train" / name).mkdir(parents=True)
         os.link(pictures[label % len(pictures)], root / "train" / name / f"{name}_{label}.JPEG")
     os.link(pictures[0], root / "train" / name / "a first one.jpg")
@@ -51,20 +51,34 @@ def root(tmp_path, pictures):
 
 
 def test_the_list_is_the_standard_one():
-    ids = imagenet.synsets()
+    ids = synsets.synsets()
     assert ids == sorted(set(ids))
     assert len(ids) == 1000
     # tench, golden retriever, loggerhead, toilet tissue
     assert [ids.index(name) for name in ("n01440764", "n02099601", "n01664065", "n15075141")] == [0, 207, 33, 999]
-    assert hashlib.sha256("\n".join(ids).encode()).hexdigest() == imagenet.SHA256
+    assert hashlib.sha256("\n".join(ids).encode()).hexdigest() == synsets.SHA256
+
+
+def test_every_id_has_a_word_of_its_own():
+    ids = synsets.synsets()
+    words = synsets.words_of(ids)
+    assert [words[label] for label in (0, 2, 207, 999)] == [
+        "tench",
+        "great white shark",
+        "golden retriever",
+        "toilet tissue",
+    ]
+    assert len(set(words)) == 1000
+    assert not set(words) & set(ids)
+    assert synsets.words_of(["cats", ids[207], "n00000000"]) == ["cats", "golden retriever", "n00000000"]
 
 
 def test_a_changed_list_is_refused(tmp_path, monkeypatch):
     changed = tmp_path / "list.txt"
-    changed.write_text("\n".join(reversed(imagenet.synsets())))
-    monkeypatch.setattr(imagenet, "LIST", changed)
+    changed.write_text("\n".join(reversed(synsets.synsets())))
+    monkeypatch.setattr(synsets, "LIST", changed)
     with pytest.raises(InputError, match="sha256 differs.*reinstall"):
-        imagenet.synsets()
+        synsets.synsets()
 
 
 def test_images_and_labels_are_those_of_the_folders(root, pictures):
@@ -72,7 +86,7 @@ def test_images_and_labels_are_those_of_the_folders(root, pictures):
         os.link(pictures[number % len(pictures)], root / "train" / "n01440764" / f"more_{number:02}.JPEG")
     images, folder = data.load(f"imagenet:{root}", 16), data.load(f"folder:{root / 'train'}", 16)
     assert (len(images), images.num_classes, images.channels) == (1014, 1000, 3)
-    assert images.classes == imagenet.synsets()
+    assert images.classes == synsets.synsets()
     assert images.labels.equal(folder.labels)
     for index in [*range(25), 1012, 1013, -1]:
         assert images.pixels(index).equal(folder.pixels(index)), index
@@ -124,7 +138,7 @@ def test_a_damaged_exif_block_is_named_too(tmp_path):
 
 
 def test_missing_and_surplus_folders_are_named(root):
-    ids = imagenet.synsets()
+    ids = synsets.synsets()
     (root / "train" / "n99999999").mkdir()
     with pytest.raises(InputError, match=r"train does not hold the 1,000 .*: 1 surplus \(n99999999\)$"):
         data.load(f"imagenet:{root}", 16)

@@ -129,6 +129,14 @@ def loose_run(project, name, config, steps=None, loss=0.4):
     return run
 
 
+def add_samples(run, colour, count=100, side=32):
+    """Samples as `pixnerd sample` writes them, of one colour and with some noise."""
+    noise = np.random.default_rng(colour).normal(0, 20, (count, side, side, 3))
+    images = (np.array([colour, 120, 255 - colour]) + noise).clip(0, 255).astype(np.uint8)
+    np.savez_compressed(run.folder / "samples.npz", arr_0=images, labels=np.arange(count) // 10)
+    return images
+
+
 def with_more_seeds(index, seeds):
     """An index whose first study has further seeds, each a noisy copy of the last one that it has."""
     (study, *_), random = index["studies"], np.random.default_rng(1)

@@ -20,7 +20,7 @@ from pixnerd.explore import ablations
 from pixnerd.explore import index as module
 from pixnerd.explore.index import LOOSE, index, measure_of
 from pixnerd.recipes import RECIPES
-from pixnerd.runs import SWEEP
+from pixnerd.runs import SWEEP, Run
 from pixnerd.studies.compare import Comparison
 from pixnerd.studies.study import expand, read_study
 
@@ -359,6 +359,66 @@ def test_a_broken_folder_is_listed(loose, name, content):
     found = index(loose)
     assert "runs/slow" in [entry["where"] for entry in found["left_out"]]
     assert len(only(found, LOOSE)["runs"]) == 4
+
+
+def shown(sheet):
+    """A sheet's pixels."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(sheet.removeprefix("data:image/webp;base64,")))))
+
+
+@pytest.fixture
+def sampled(loose):
+    """The same project with two more runs of the greater width, seeds 10 and 9; samples of four runs, by name."""
+    for name, seed in (("b", 10), ("c", 9)):
+        synthetic.loose_run(loose, name, dataclasses.replace(Run(loose / "runs/wide").config(), seed=seed))
+    names = {"a-1": 10, "b": 150, "c": 90, "wide": 200}
+    return loose, {name: synthetic.add_samples(Run(loose / "runs" / name), c) for name, c in names.items()}
+
+
+def test_runs_of_no_study_show_their_samples_those_of_the_lowest_seed(sampled):
+    project, images = sampled
+    sheets = only(index(project), LOOSE)["sheets"]
+    assert sheets.keys() == {"128-0.004", "192-0.004"}
+    for arm, name in (("128-0.004", "a-1"), ("192-0.004", "wide")):
+        tiles = shown(sheets[arm])
+        assert tiles.shape == (133, 133, 3)
+        assert (tiles[1:33, 34:66] == images[name][100 // 16]).all()
+
+
+def test_the_newest_samples_of_a_run_are_shown_and_read_once(sampled, monkeypatch):
+    project, _ = sampled
+    first, reads = index(project), []
+    make = module.sheet_of_samples
+    monkeypatch.setattr(module, "sheet_of_samples", lambda path: reads.append(path.parent.name) or make(path))
+    assert index(project) == first
+    assert reads == []
+    run = Run(project / "runs" / "wide")
+    images = synthetic.add_samples(run, 40, 16)
+    second = only(index(project), LOOSE)["sheets"]
+    assert reads == ["wide"]
+    assert second["128-0.004"] == only(first, LOOSE)["sheets"]["128-0.004"]
+    assert (shown(second["192-0.004"])[1:33, 1:33] == images[0]).all()
+    measured = run.folder / "sheet.webp"
+    Image.new("RGB", (133, 133), "red").save(measured, "WEBP", lossless=True)
+    os.utime(measured, (4e9, 4e9))
+    assert (shown(only(index(project), LOOSE)["sheets"]["192-0.004"]) == [255, 0, 0]).all()
+    os.utime(measured, (1, 1))
+    assert only(index(project), LOOSE)["sheets"] == second
+    assert reads == ["wide", "wide"]
+    run.log({"step": 200, "loss": 1.0, "gradient_norm": 0.3, "images_per_second": 100.0})  # what is read of it changes
+    assert only(index(project), LOOSE)["sheets"] == second
+
+
+def test_damaged_samples_are_listed_and_the_next_seed_shows_its_own(sampled):
+    project, images = sampled
+    (project / "runs/wide/samples.npz").write_bytes(b"no archive")
+    found = index(project)
+    assert {"where": "runs/wide/samples.npz", "why": f"{project}/runs/wide/samples.npz holds no samples"} in found[
+        "left_out"
+    ]
+    study = only(found, LOOSE)
+    assert len(study["runs"]) == 7
+    assert (shown(study["sheets"]["192-0.004"])[1:33, 1:33] == images["c"][0]).all()
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------

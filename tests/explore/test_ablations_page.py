@@ -48,6 +48,16 @@ def opened(page, page_file):
     return page
 
 
+COLOURS = """() => {
+    const context = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+    const corners = [...document.querySelectorAll(".sheets figure > canvas")].map((canvas) => {
+        context.drawImage(canvas, 0, 0, 1, 1, 0, 0, 1, 1);
+        return context.getImageData(0, 0, 1, 1).data;
+    });
+    return corners.every((corner) => corner[3] === 255) && corners.map((corner) => corner[0]);
+}"""  # the red in the first pixel of each sheet, once all are drawn
+
+
 def in_browser(page, expression, value=None):
     """The value of an expression of the module `m` and a value `v`."""
     return page.evaluate(
@@ -299,6 +309,26 @@ def test_other_projects_open(page, tmp_path):
     synthetic.copy_study(tmp_path)
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     show("no pair of runs")
+
+
+def test_runs_of_no_study_show_samples_and_do_not_claim_the_same_noise(page, tmp_path):
+    base = dataclasses.replace(RECIPES["digits-cpu"], steps=100)
+    runs = [
+        synthetic.loose_run(tmp_path, f"run-{rate}", dataclasses.replace(base, learning_rate=rate))
+        for rate in (0.1, 0.2, 0.3)
+    ]
+    for run, colour in zip(runs[:2], (40, 220), strict=True):
+        synthetic.add_samples(run, colour)
+    (tmp_path / "page.html").write_text(ablations.page(index(tmp_path)))
+    page.goto(f"file://{tmp_path}/page.html#switch=learning_rate&a=0.1&b=0.2")
+    page.wait_for_selector(".sheets canvas")
+    assert page.locator(".sheets figcaption").all_inner_texts()[:2] == ["A: learning_rate 0.1", "B: learning_rate 0.2"]
+    assert page.locator(".stack canvas").count() == 2
+    first, second = page.wait_for_function(COLOURS).json_value()
+    assert first < 120 < second
+    assert "they may be asked for other things" in page.locator(".samples .note").inner_text()
+    page.locator("[data-key='select b']").select_option("0.3")
+    assert "no samples kept" in page.locator(".sheets").inner_text()
 
 
 def test_a_small_dark_screen_holds_everything(browser, page_file):

@@ -303,9 +303,9 @@ def test_every_wrong_value_is_one_sentence(any_run, control):
 
 def test_every_class_can_be_sampled(class_run):
     panel = panel_for(class_run)
-    assert panel.subject.options == tuple(range(10))
+    assert panel.subject.options == tuple((f"{18 * label} degrees ({label})", label) for label in range(10))
     drawings = set()
-    for label in panel.subject.options:
+    for _, label in panel.subject.options:
         panel.subject.value = label
         drawings.add(press(panel)[0])
     assert len(drawings) == 10
