@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pixnerd import InputError, ModelConfig, data, flow, load, plots, training
 from pixnerd.checkpoints import newest_checkpoint
 from pixnerd.conditions import Labels, training_conditions
+from pixnerd.cost import forward_flops
 from pixnerd.distributed import World
 from pixnerd.errors import WriteError
 from pixnerd.model import PixNerd
@@ -346,6 +347,19 @@ def test_learning_rate_schedule():
     assert [training.learning_rate(config, step) for step in (0, 1, 5, 9)] == pytest.approx([0.5, 0.9, 1.0, 0.2])
     constant = dataclasses.replace(config, decay="constant", warmup_steps=0)
     assert {training.learning_rate(constant, step) for step in range(10)} == {2.0}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_utilisation_is_the_share_of_the_best_in_the_precision_that_computes(tmp_path, monkeypatch, precision):
+    bests = {torch.float32: 1e9, torch.bfloat16: 4e9}
+    monkeypatch.setattr(training.meters, "matmul_rate", lambda device, dtype: bests[dtype])
+    list(train(config_for(tmp_path / "run", precision=precision, steps=4), CPU))
+    (entry,) = Run(tmp_path / "run").read_log()
+    model = PixNerd(MODEL, 10)
+    done = 3 * forward_flops(model, 16) * entry["images_per_second"]  # FLOP/s
+    assert entry["tflops"] == pytest.approx(done / 1e12, abs=5e-5)
+    best = bests[torch.float32 if precision == "float32" else torch.bfloat16]
+    assert entry["utilisation"] == pytest.approx(done / best, abs=1e-4, rel=1e-3)
 
 
 def test_tensorboard_shows_the_log_also_of_a_run_that_went_on(tmp_path):
