@@ -177,6 +177,14 @@ def test_ema_is_the_weighted_sum_of_all_weights(tmp_path):
     assert averaged.dtype == torch.float32
 
 
+@pytest.mark.parametrize("recompute", ["none", "head", "all"])
+def test_the_trained_network_recomputes_what_is_configured(tmp_path, monkeypatch, recompute):
+    built, build = [], training.loop.build_network
+    monkeypatch.setattr(training.loop, "build_network", lambda *given: built.append(build(*given)) or built[-1])
+    list(train(config_for(tmp_path / "run", recompute=recompute, steps=1), CPU))
+    assert {model.recompute for model in built} == {recompute}
+
+
 def test_every_average_begins_with_the_weights_after_the_first_step(tmp_path):
     """Whatever it held before: neither the initial weights nor zeros have a share in it."""
     config = config_for(tmp_path / "run", extra_ema_decays=(0.5,), checkpoint_every=1, keep_checkpoints=2, steps=2)
