@@ -655,6 +655,15 @@ def test_bad_start_is_refused_before_a_folder_is_made(tmp_path, straight, change
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_of_captions_does_not_start_from_one_of_classes(tmp_path, straight, tiny_folder):
+    shape = {"width": 16, "heads": 2, "blocks": 1, "patch_size": 8, "image_size": 16, "field_width": 4}
+    model = TextModelConfig(**shape, field_blocks=1, text_blocks=1, text_features=12, text_length=4)
+    options = {"model": model, "text_encoder": str(tiny_folder), "start_from": str(straight[0])}
+    with pytest.raises(InputError, match="is a PixNerd; this run trains a TextPixNerd$"):
+        train(config_for(tmp_path / "run", **options), CPU)
+    assert not (tmp_path / "run").exists()
+
+
 def test_config_survives_json(tmp_path):
     config = config_for(tmp_path, decode_sizes=(16, 32), sampling=training.SamplingConfig(steps=3, interval=None))
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
