@@ -357,6 +357,14 @@ def test_learning_rate_schedule():
     assert {training.learning_rate(constant, step) for step in range(10)} == {2.0}
 
 
+def test_speed_is_that_since_the_last_reading(tmp_path, monkeypatch):
+    clock = iter([10.0, 12.0, 16.0])
+    monkeypatch.setattr(training.meters, "matmul_rate", lambda *_: 1e9)
+    monkeypatch.setattr(training.meters.time, "perf_counter", lambda: next(clock))
+    meter = training.meters.SpeedMeter(config_for(tmp_path), 10, torch.float32, World(0, 1, CPU))
+    assert [meter.read(8)["images_per_second"] for _ in range(2)] == [4, 2]
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_utilisation_is_the_share_of_the_best_in_the_precision_that_computes(tmp_path, monkeypatch, precision):
     bests = {torch.float32: 1e9, torch.bfloat16: 4e9}
