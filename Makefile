@@ -1,4 +1,4 @@
-# make setup | quickstart | demo | explore | minilm | test | lab | notebooks | exercises | book | lint | lock
+# make setup | quickstart | demo | explore | minilm | test | lab | notebooks | exercises | diagrams | book | lint | lock
 # Every target sets up .venv itself; it needs only Python 3.11+ and make.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ ifndef OMP_WAIT_POLICY
 export GOMP_SPINCOUNT ?= 5000
 endif
 
-.PHONY: setup quickstart demo explore minilm test lab notebooks exercises book lint lock
+.PHONY: setup quickstart demo explore minilm test lab notebooks exercises diagrams book lint lock
 
 setup: $(READY)
 
@@ -64,18 +64,25 @@ NAMES ?=
 notebooks: setup minilm
 	$(BIN)/python -m tests.notebooks.refresh $(NAMES)
 
-# Generate notebooks/exercises: the lessons without their solutions.
+# Generate notebooks/exercises: the lessons without their solutions and answers.
 exercises: setup
 	$(BIN)/python -m tests.notebooks.exercises
+
+# Generate notebooks/images/*.svg.
+diagrams: setup
+	$(BIN)/python -m tests.notebooks.diagrams
 
 # Build web pages from the lessons with their saved outputs.
 book: setup
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -d book/doctrees notebooks book/html
 	@echo "Read:  book/html/index.html"
 
+# Layout and style (lines of lessons have at most 100 characters, see notebooks/ruff.toml), spelling, links within the project.
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell .
+	$(BIN)/python -m tests.notebooks.links
 
 # Update the lock to the newest versions that pyproject.toml allows, for all platforms, without naming a registry.
 lock: setup

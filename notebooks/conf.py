@@ -33,5 +33,11 @@ class AblationsDirective(Directive):
         return [nodes.raw("", fragment(index(root, own=False)), format="html")]
 
 
+def offer_exercises(app: Sphinx, page: str, source: list[str]) -> None:
+    """Exercises are no pages of the book: a link to one is a download."""
+    source[0] = source[0].replace("](exercises/", "](path:exercises/")
+
+
 def setup(app: Sphinx) -> None:
     app.add_directive("ablations", AblationsDirective)
+    app.connect("source-read", offer_exercises)

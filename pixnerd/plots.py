@@ -10,9 +10,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -79,14 +80,21 @@ def matrix(values: Tensor, names: Sequence[str]) -> Figure:
     return figure
 
 
-def bars(values: Tensor, names: Sequence[str], title: str) -> Figure:
-    """Horizontal bars of values [N] between 0 and 1, the first at the top, each with its number."""
+def bars(values: Tensor, names: Sequence[str], title: str, reference: dict[str, float] | None = None) -> Figure:
+    """Horizontal bars of values [N] between 0 and 1, the first at the top, each with its number.
+
+    References are dashed lines across the bars: {label: value}.
+    """
     figure, axis = plt.subplots(figsize=(5, 0.3 * len(names) + 0.6), layout="constrained")
-    drawn = axis.barh(list(names), values.numpy())
-    axis.bar_label(drawn, fmt="%.2f", padding=3, fontsize=9)
+    rows = axis.barh(list(names), values.numpy())
+    axis.bar_label(rows, fmt="%.2f", padding=3, fontsize=9)
     axis.set(xlim=(0, 1), title=title)
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
+    for label, value in (reference or {}).items():
+        axis.axvline(value, color="k", linestyle="--", linewidth=1, label=label)
+    if reference:
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
     plt.close(figure)
     return figure
 
@@ -184,38 +192,70 @@ def tracks(panels: dict[str, Tensor], targets: Tensor, under: Tensor | None = No
     return figure
 
 
-def clouds(panels: dict[str, Tensor], truth: Tensor, limit: float) -> Figure:
-    """Points in the plane, one panel each [n, 2], over the true ones [m, 2] in grey, within ±limit."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(2.2 * len(panels), 2.5), layout="constrained", squeeze=False)
-    for axis, (title, points) in zip(axes[0], panels.items(), strict=True):
-        axis.scatter(*truth.unbind(-1), s=6, color="0.8")
-        axis.scatter(*points.unbind(-1), s=2, color="C0")
-        axis.set(title=title, aspect="equal", xticks=[], yticks=[], xlim=(-limit, limit), ylim=(-limit, limit))
+def clouds(rows: dict[str, dict[str, Tensor]], targets: Tensor, limit: float) -> Figure:
+    """Clouds of points in the plane within ±limit, one row for each name: {name: {title: points [n, 2]}}.
+
+    Targets [m, 2] are crosses.
+    """
+    columns = len(next(iter(rows.values())))
+    size = (1.5 * columns + 0.4, 1.5 * len(rows) + 0.3)
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, layout="constrained", squeeze=False)
+    for line, (name, panels) in zip(axes, rows.items(), strict=True):
+        for axis, (title, points) in zip(line, panels.items(), strict=True):
+            axis.scatter(*points.unbind(-1), s=1, color="C0", linewidths=0)
+            axis.scatter(*targets.unbind(-1), marker="x", s=20, color="k", zorder=2)
+            axis.set(aspect="equal", xticks=[], yticks=[], xlim=(-limit, limit), ylim=(-limit, limit))
+            axis.set_title(title if line[0] is axes[0, 0] else "", fontsize=9)
+        line[0].set_ylabel(name, fontsize=9)
     plt.close(figure)
     return figure
 
 
-def curves(x: Tensor, panels: dict[str, dict[str, Tensor]], x_label: str, log: str = "") -> Figure:
+def curves(
+    x: Tensor,
+    panels: dict[str, dict[str, Tensor]],
+    x_label: str,
+    log: str = "",
+    y_label: str = "",
+    share_y: bool = False,
+) -> Figure:
     """Panels of lines over the same x [n]: {title: {name: y [n]}}; axes named in `log` ("x", "y") are logarithmic.
 
-    A line keeps its colour in every panel; one whose name starts with "floor" is dashed and black.
+    A line keeps its colour in every panel; one whose name starts with "floor" is dashed and black. The legend stands
+    beside the panels, where it covers no line. With `share_y` all panels have one scale.
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines if not name.startswith("floor")))
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 2.8), layout="constrained", squeeze=False)
+    size = (3.6 * len(panels) + 1.4, 2.8)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False, sharey=share_y)
+    entries = {}
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
         for name, y in lines.items():
             style = (
                 {"color": "k", "linestyle": "--"} if name.startswith("floor") else {"color": f"C{names.index(name)}"}
             )
-            axis.plot(x, y, label=name, **style)
+            (entries[name],) = axis.plot(x, y, label=name, **style)
         axis.set(title=title, xlabel=x_label, **{f"{axis_name}scale": "log" for axis_name in log})
         if "x" in log and len(x) <= FEW:
             axis.set_xticks(x.tolist(), [f"{value:g}" for value in x.tolist()])
             axis.xaxis.minorticks_off()
+        if "y" in log:
+            _plain_ticks(axis)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8)
+    axes[0, 0].set_ylabel(y_label)
+    if len(entries) > 1 or next(iter(entries), "").startswith("floor"):
+        figure.legend(entries.values(), entries, loc="outside right upper", frameon=False, fontsize=8)
     plt.close(figure)
     return figure
+
+
+def _plain_ticks(axis: Axes) -> None:
+    """Ticks of a short logarithmic y axis as 0.2, 0.5, 1 in place of powers of ten with factors."""
+    low, high = axis.get_ylim()
+    if high / low < 1000:
+        steps = (1, 2, 3, 4, 6, 8) if high / low < 10 else (1, 2, 5)
+        axis.yaxis.set_major_locator(LogLocator(subs=steps))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(NullLocator())
 
 
 def maps(
@@ -295,10 +335,21 @@ def balls(panels: dict[str, tuple[Tensor, Tensor, Tensor]], limit: float) -> Fig
     return figure
 
 
-def through_samples(x: Tensor, panels: dict[str, Tensor], places: Tensor, samples: Tensor) -> Figure:
-    """A curve over x [n] per panel, one below the other: {title: y [n]}. Dots are `samples` [m] at x = `places` [m]."""
+def through_samples(
+    x: Tensor, panels: dict[str, Tensor], places: Tensor, samples: Tensor, share_y: bool = False
+) -> Figure:
+    """A curve over x [n] per panel, one below the other: {title: y [n]}. Dots are `samples` [m] at x = `places` [m].
+
+    With `share_y` all panels have one scale.
+    """
     figure, axes = plt.subplots(
-        len(panels), 1, figsize=(5.4, 0.92 * len(panels) + 0.3), sharex=True, layout="constrained", squeeze=False
+        len(panels),
+        1,
+        figsize=(5.4, 0.92 * len(panels) + 0.3),
+        sharex=True,
+        sharey=share_y,
+        layout="constrained",
+        squeeze=False,
     )
     for axis, (title, y) in zip(axes[:, 0], panels.items(), strict=True):
         axis.plot(x, y, linewidth=1)

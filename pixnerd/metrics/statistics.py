@@ -204,3 +204,19 @@ def retrieval_ranks(sampled: Tensor, true: Tensor) -> Tensor:
         )
     similarity = F.normalize(sampled, dim=1) @ F.normalize(true, dim=1).T  # [N, N]
     return (similarity > similarity.diagonal()[:, None]).sum(1)
+
+
+def wilson_interval(count: int, total: int) -> tuple[float, float]:
+    """The 95 % interval of a share of which `count` of `total` were seen (Wilson's), in 0 … 1.
+
+    Unlike share ± 2 standard errors it stays within 0 … 1 and has a width where all or none were seen.
+
+    Raises:
+        InputError: total is below 1, or count is not in 0 … total.
+    """
+    if total < 1 or not 0 <= count <= total:
+        raise InputError(f"{count} of {total} is no share; the total has to be at least 1 and the count in 0 … total")
+    z, share = 1.959964, count / total
+    middle = (share + z**2 / (2 * total)) / (1 + z**2 / total)
+    half = z / (1 + z**2 / total) * (share * (1 - share) / total + z**2 / (4 * total**2)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
 
 from pixnerd import InputError
@@ -18,6 +19,7 @@ from pixnerd.metrics.statistics import (
     precision_recall,
     retrieval_ranks,
     squared_distances,
+    wilson_interval,
 )
 
 
@@ -166,3 +168,15 @@ def test_too_few_images_are_refused():
         kernel_distance(few[:1], few)
     with pytest.raises(InputError, match="at least 2 images; there are 1"):
         _ = moments(few[:1], 1).covariance
+
+
+@pytest.mark.parametrize(("count", "total"), [(0, 1), (0, 64), (45, 64), (64, 64), (181, 200)])
+def test_wilson_interval_is_scipys(count, total):
+    expected = binomtest(count, total).proportion_ci(0.95, method="wilson")
+    assert wilson_interval(count, total) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+@pytest.mark.parametrize(("count", "total"), [(0, 0), (-1, 4), (5, 4)])
+def test_what_is_no_share_is_refused(count, total):
+    with pytest.raises(InputError, match=f"{count} of {total} is no share"):
+        wilson_interval(count, total)

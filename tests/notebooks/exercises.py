@@ -1,33 +1,43 @@
-"""notebooks/exercises/ from the lessons: the same notebooks without solutions and outputs.
+"""notebooks/exercises/ from the lessons: the same notebooks without solutions, answers and outputs.
 
 python -m tests.notebooks.exercises
 """
 
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .notebook_files import EXERCISES, LESSONS, cells, tags
+import nbformat
+
+from .notebook_files import EXERCISES, LESSONS, read, tags
 
 
 def with_exercises() -> list[Path]:
-    return [path for path in LESSONS if any("solution" in tags(cell) for cell in cells(path, "code"))]
+    return [path for path in LESSONS if any("solution" in tags(cell) for cell in read(path).cells)]
 
 
 def generate(lessons: Sequence[Path], folder: Path) -> list[Path]:
-    """Write the lessons' exercises into `folder`; nbstripout leaves out their solutions and outputs.
+    """Write the lessons' exercises into `folder`.
 
     Paths in the lessons lead from notebooks/ to runs and to other notebooks; here they start one folder deeper.
     """
-    paths = [Path(shutil.copy(lesson, folder)) for lesson in lessons]
-    command = [sys.executable, "-m", "nbstripout", "--keep-id", "--drop-tagged-cells", "solution"]
+    paths = []
+    for lesson in lessons:
+        notebook = read(lesson)
+        notebook.cells = [cell for cell in notebook.cells if not {"solution", "answers"} & set(tags(cell))]
+        paths.append(folder / lesson.name)
+        nbformat.write(notebook, paths[-1])
+    command = [sys.executable, "-m", "nbstripout", "--keep-id"]
     command += ["--extra-keys", "metadata.workbook cell.metadata.wrong", *map(str, paths)]
     subprocess.run(command, check=True)
     for path in paths:
-        text = re.sub(r"\]\((?=00_|demo|scale/|measured)", "](../", path.read_text())
+        text = re.sub(r"\]\((?=00_|demo|images/|notation|scale/|measured)", "](../", path.read_text())
+        text = text.replace(
+            f"without solutions and outputs: [exercises](exercises/{path.name})",
+            f"with solutions and outputs: [lesson](../{path.name})",
+        )
         path.write_text(text.replace('\\"../runs/', '\\"../../runs/'))
     return paths
 

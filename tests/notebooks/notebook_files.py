@@ -2,14 +2,19 @@
 
 A notebook's metadata have an entry `workbook`: `smoke`, the parameters of a short run; `budget`, the GiB that such a
 run may take and the processor time that it should, in units of a fixed piece of work (see `unit`); and in a lesson
-`executed`, the hash of the code cells whose outputs it keeps.
+`executed`, the hash of the code whose outputs it keeps.
+
+The solution of an exercise is a folded Markdown cell tagged `solution`: Jupyter never runs it, so it cannot overwrite
+a reader's answer. What is tested and executed here is `solved`, in which solutions are code.
 """
 
 import ast
+import copy
 import functools
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,6 +31,7 @@ EXERCISES = FOLDER / "exercises"
 LESSONS = sorted(FOLDER.glob("*.ipynb"))  # read by people, kept with their outputs
 SCALE = sorted((FOLDER / "scale").glob("*.ipynb"))  # for papermill, by parameters up to full size; kept without
 NOTEBOOKS = [*LESSONS, *SCALE]
+ALLOWED = "raises-exception"  # Jupyter goes on behind such a cell: the check of an exercise that is not solved yet
 
 
 def read(path: Path) -> nbformat.NotebookNode:
@@ -54,9 +60,33 @@ def smoke(path: Path, run: Path, out: Path) -> dict[str, Any]:
     return given | {name: place for name, place in places.items() if name in declared(path)}
 
 
+def solution_code(cell: nbformat.NotebookNode) -> str:
+    """The Python in a folded solution. Raises ValueError if it is not written as `fold` writes one."""
+    match = re.fullmatch(re.escape(fold("\0")).replace("\0", "(.+)"), cell.source, re.DOTALL)
+    if not match:
+        raise ValueError(f"{cell.id} is tagged as a solution but is not one folded block of Python")
+    return match[1]
+
+
+def fold(code: str) -> str:
+    """A solution as Markdown that unfolds in Jupyter, in the book and on a code host."""
+    return f"<details>\n<summary>Solution</summary>\n\n```python\n{code}\n```\n\n</details>"
+
+
+def solved(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook with its solutions as code cells behind their stubs, and with no cell that is allowed to fail."""
+    notebook = copy.deepcopy(notebook)
+    for place, cell in enumerate(notebook.cells):
+        if cell.cell_type == "markdown" and "solution" in tags(cell):
+            notebook.cells[place] = nbformat.v4.new_code_cell(solution_code(cell), id=cell.id, metadata=cell.metadata)
+        elif ALLOWED in tags(cell):
+            cell.metadata.tags = [tag for tag in tags(cell) if tag != ALLOWED]
+    return notebook
+
+
 def code_hash(notebook: nbformat.NotebookNode) -> str:
-    """Of all code cells; a lesson whose code has another hash than `executed` shows outputs of older code."""
-    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    """Of all code with the solutions; a lesson with another hash than `executed` shows outputs of older code."""
+    sources = [cell.source for cell in solved(notebook).cells if cell.cell_type == "code"]
     return hashlib.sha256("\0".join(sources).encode()).hexdigest()[:16]
 
 

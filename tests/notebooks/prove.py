@@ -11,9 +11,10 @@ import sys
 import warnings
 from pathlib import Path
 
-import nbformat
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
+
+from .notebook_files import read, solved
 
 warnings.filterwarnings("ignore")
 
@@ -33,7 +34,7 @@ class Lesson:
 
 def prove(path: Path, parameters: dict) -> list[str]:
     """What is wrong with the lesson's checks, in sentences."""
-    notebook, lesson, faults = nbformat.read(path, as_version=4), Lesson(), []
+    notebook, lesson, faults = solved(read(path)), Lesson(), []
     cells = {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
     stub = None
     for name, cell in cells.items():

@@ -1,5 +1,7 @@
 """Execute the lessons at their real size and keep their outputs: python -m tests.notebooks.refresh [NAME …]
 
+Exercises are executed with their solutions; in the lesson these stay folded.
+
 What differs from one run to the next without meaning anything (progress bars, timings) is dropped, and so are widgets,
 which need a kernel behind them: a reader on a code host sees the figures, and a diff shows what changed. Prints what
 each run took.
@@ -12,7 +14,7 @@ from pathlib import Path
 import nbformat
 import papermill
 
-from .notebook_files import FOLDER, LESSONS, code_hash, measured, read
+from .notebook_files import FOLDER, LESSONS, code_hash, measured, read, solved
 
 
 def is_passing(output: nbformat.NotebookNode) -> bool:
@@ -21,12 +23,12 @@ def is_passing(output: nbformat.NotebookNode) -> bool:
 
 
 def keep_outputs(path: Path, executed: Path) -> None:
-    """Put the outputs of `executed`, a copy of the notebook at `path` that papermill ran, into `path`."""
+    """Put the outputs of `executed`, the solved notebook of `path` as papermill ran it, into `path`."""
     source, run = read(path), read(executed)
-    for cell, ran in zip(source.cells, run.cells, strict=True):
+    for cell, asked, ran in zip(source.cells, solved(source).cells, run.cells, strict=True):
+        if asked.cell_type == "code" and asked.source != ran.source:
+            raise SystemExit(f"{executed} ran another version of {path}: cell {cell.id} differs")
         if cell.cell_type == "code":
-            if cell.source != ran.source:
-                raise SystemExit(f"{executed} ran another version of {path}: cell {cell.id} differs")
             cell.execution_count = ran.execution_count
             cell.outputs = [output for output in ran.outputs if not is_passing(output)]
     source.metadata.setdefault("workbook", {})["executed"] = code_hash(source)
@@ -43,16 +45,18 @@ def refresh(path: Path) -> str:
     """A line of a table: what the run took."""
     with tempfile.TemporaryDirectory() as folder:
         executed = Path(folder) / path.name
-        call = f"from tests.notebooks.refresh import execute; execute({str(path)!r}, {str(executed)!r})"
+        nbformat.write(solved(read(path)), executed)
+        call = f"from tests.notebooks.refresh import execute; execute({str(executed)!r}, {str(executed)!r})"
         done = measured([sys.executable, "-c", call], FOLDER.parent)
         if done.code:
             raise SystemExit(f"{path.name} failed:\n{done.output[-4000:]}")
         keep_outputs(path, executed)
-    return f"| {path.stem} | {done.seconds / 60:.1f} | {done.gib:.1f} |"
+    minutes = f"{done.seconds / 60:.1f} | {done.processor_seconds / 60:.1f}"
+    return f"| {path.stem} | {minutes} | {done.gib:.1f} |"
 
 
 if __name__ == "__main__":
     names = sys.argv[1:] or [path.stem for path in LESSONS]
-    print("| notebook | minutes | peak memory, GiB |\n|---|---|---|", flush=True)
+    print("| notebook | minutes | of processor | peak memory, GiB |\n|---|---|---|---|", flush=True)
     for name in names:
         print(refresh(FOLDER / f"{name}.ipynb"), flush=True)

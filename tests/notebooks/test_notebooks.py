@@ -24,10 +24,11 @@ from pixnerd.explore.explorer import Explorer
 from pixnerd.recipes import RECIPES
 from pixnerd.training import TrainConfig, train
 
-from . import widgets
-from .definitions import definition_faults
+from . import diagrams, links, widgets
+from .definitions import definition_faults, top_level
 from .exercises import generate, with_exercises
 from .notebook_files import (
+    ALLOWED,
     EXERCISES,
     FOLDER,
     LESSONS,
@@ -37,10 +38,13 @@ from .notebook_files import (
     cells,
     code_hash,
     declared,
+    fold,
     is_current,
     measured,
     read,
     smoke,
+    solution_code,
+    solved,
     tags,
     unit,
 )
@@ -88,7 +92,8 @@ def test_runs_at_smoke_size_and_its_checks_hold(path, tmp_path, tiny_run, record
     skip_without_wheels(path)
     prepared = tmp_path / path.name
     parameters = smoke(path, tiny_run, tmp_path / "run")
-    papermill.execute_notebook(path, prepared, parameters, prepare_only=True, progress_bar=False)
+    nbformat.write(solved(read(path)), prepared)
+    papermill.execute_notebook(prepared, prepared, parameters, prepare_only=True, progress_bar=False)
     notebook = read(prepared)
     notebook.cells.append(nbformat.v4.new_code_cell(SWEEP))
     nbformat.write(notebook, prepared)
@@ -160,6 +165,19 @@ def test_a_lesson_is_kept_as_it_ran(path):
 # --- the book holds together ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("path", with_exercises(), ids=lambda path: path.stem)
+def test_a_solution_cannot_overwrite_an_answer(path):
+    """Solutions are folded text behind their stub; a check that fails does not stop Run All."""
+    lesson = read(path).cells
+    for stub, solution, check in zip(lesson, lesson[1:], lesson[2:], strict=False):
+        if "solution" in tags(solution):
+            assert (stub.cell_type, solution.cell_type, check.cell_type) == ("code", "markdown", "code")
+            assert ALLOWED in tags(check)
+            assert top_level(stub.source) == top_level(solution_code(solution))
+            others = [cell.source for cell in lesson if cell.cell_type == "code" and cell is not stub]
+            assert not any(top_level(stub.source) & top_level(other) for other in others)
+
+
 def test_a_thing_is_defined_once_and_is_the_packages():
     assert not definition_faults({path.stem: cells(path, "code") for path in LESSONS})
 
@@ -169,25 +187,52 @@ def test_exercises_are_those_of_the_lessons(tmp_path):
     assert sorted(path.name for path in EXERCISES.glob("*.ipynb")) == [path.name for path in with_exercises()]
     for path in generate(with_exercises(), tmp_path):
         assert path.read_text() == (EXERCISES / path.name).read_text(), f"{path.name} is stale"
-        assert not any("solution" in tags(cell) for cell in cells(EXERCISES / path.name, "code"))
+        assert not any({"solution", "answers"} & set(tags(cell)) for cell in read(EXERCISES / path.name).cells)
 
 
-def test_links_lead_somewhere():
-    for path in [*NOTEBOOKS, *EXERCISES.glob("*.ipynb")]:
-        text = "\n".join(cell.source for cell in cells(path, "markdown"))
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
-            assert "://" in target or (path.parent / target).exists(), f"{path.name}: {target}"
+@pytest.mark.parametrize("path", links.pages(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    assert links.faults(path) == []
+
+
+def test_a_link_that_leads_nowhere_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(links, "ROOT", tmp_path)
+    (tmp_path / "other.md").write_text("# One heading, two\n")
+    fine = "[a](other.md) [b](other.md#one-heading-two) [c](https://x.y/z) `[d](e)`"
+    (tmp_path / "page.md").write_text(f"{fine} [f](other.md#two) [g](none.md) ![](other.md)")
+    assert links.faults(tmp_path / "page.md") == [
+        "page.md: other.md has no heading #two",
+        "page.md: there is no none.md",
+        "page.md: other.md has no description",
+    ]
+
+
+def test_diagrams_are_those_of_their_code(tmp_path):
+    """`make diagrams` renews them."""
+    for path in diagrams.generate(tmp_path):
+        assert path.read_text() == (diagrams.IMAGES / path.name).read_text(), f"{path.name} is stale"
+
+
+@lessons
+def test_lines_of_a_lesson_are_short(path):
+    """As notebooks/ruff.toml says, which does not read solutions."""
+    for cell in solved(read(path)).cells:
+        if cell.cell_type == "code":
+            assert max(map(len, cell.source.splitlines()), default=0) <= 100, cell.id
 
 
 # --- the checks of the checks --------------------------------------------------------------------------------------
 
 
 def notebook_of(*sources, **metadata):
-    """A notebook of code cells: each a source, or (source, kept output, tags)."""
+    """A notebook of code cells: each a source, or (source, kept output, tags); solutions are folded."""
     notebook = nbformat.v4.new_notebook()
     notebook.metadata.kernelspec = {"name": "python3", "language": "python", "display_name": "Python 3"}
     for source in sources:
         source, output, names = (source, "", []) if isinstance(source, str) else source
+        if "solution" in names:
+            notebook.cells.append(nbformat.v4.new_markdown_cell(fold(source), metadata={"tags": names}))
+            continue
         cell = nbformat.v4.new_code_cell(source, execution_count=1, metadata={"tags": names, **metadata})
         cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=output)] if output else []
         notebook.cells.append(cell)
