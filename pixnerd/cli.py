@@ -1,4 +1,5 @@
-"""The command line: pixnerd train | sample | evaluate | convert | data | prepare | plan | sweep | export-explorer.
+"""The command line: pixnerd train | sample | evaluate | convert | average | data | prepare | plan | sweep |
+export-explorer.
 
 A command consists of its flags and a few calls. torch is imported only when a command runs, so --help and a refused
 flag need not wait for it. Invalid input ends with one sentence on standard error and exit code 2.
@@ -27,7 +28,7 @@ from .config import EvaluationConfig, SamplingConfig, TrainConfig
 from .errors import InputError, NonFiniteLoss
 from .files import check_output_file, make_folder, replacing
 from .model_config import SIZES
-from .model_source import own_sampling
+from .model_source import own_sampling, student_config
 from .recipes import RECIPES
 from .runs import Run
 from .signals import STOPPED
@@ -58,7 +59,8 @@ class Train(Command):
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     recipe: str = "imagenet-256"
-    """start from these settings; every other flag overrides them"""
+    """start from these settings; every other flag overrides them. With --teacher: student-cpu by default, and the
+    teacher's data, network and guidance"""
     size: str | None = None
     """use a named model size; --model.* flags override it"""
 
@@ -135,7 +137,7 @@ class Sample(Command):
 
         from .conditions import model_conditions
         from .distributed import default_device
-        from .model_source import find_model
+        from .model_source import find_model, load_guide
         from .sampling import sample_batches
 
         source, device = find_model(self.source), default_device()
@@ -151,6 +153,7 @@ class Sample(Command):
             conditions.encode([subjects[index] for index in indices.tolist()]),
             self.sampling,
             unconditional=conditions.nothing,
+            weaker=load_guide(self.sampling, device),
             size=self.image_size,
             base_resolution=self.base_resolution,
             seed=self.seed,
@@ -228,6 +231,22 @@ class Convert(Command):
             save_model(model, partial)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(f"written: {self.out}, a {type(model).__name__} of {parameters / 1e6:.1f} million parameters")
+
+
+@dataclass(frozen=True)
+class Average(Command):
+    """Make a moving average of another length after training, from those that a run with --power-averages keeps."""
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """RUN or RUN@STEP; the more of its checkpoints are kept (--keep-every), the nearer to the wanted average"""
+    width: Positive
+    """of the average, relative to the training so far: 0.05 is short, 0.2 long"""
+
+    def run(self) -> None:
+        from .model_source import find_model, synthesise
+
+        file = synthesise(find_model(self.source).settled(), self.width)
+        print(f"written: {file}; to measure it: pixnerd evaluate {self.source} --draw 500 --average {file.stem}")
 
 
 @dataclass(frozen=True)
@@ -388,19 +407,22 @@ def _print_table(rows: Sequence[Sequence[str]], side: str = ">") -> None:
         print(f"  {'  '.join(cells)}".rstrip())
 
 
-AnyCommand = Train | Sample | Evaluate | Convert | Data | Prepare | Plan | Sweep | ExportExplorer
+AnyCommand = Train | Sample | Evaluate | Convert | Average | Data | Prepare | Plan | Sweep | ExportExplorer
 
 
 def parse(arguments: Sequence[str]) -> AnyCommand:
     """The command with its flags. Raises InputError for an unknown recipe or size, or a value out of range."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--recipe", default=Train.recipe)
-    first.add_argument("--size")
-    base, _ = first.parse_known_args(arguments)  # these two set the defaults of all others
-    config = RECIPES[base.recipe]
+    for name in ("recipe", "size", "teacher"):
+        first.add_argument(f"--{name}")
+    base, _ = first.parse_known_args(arguments)  # these set the defaults of all others
+    recipe = base.recipe or ("student-cpu" if base.teacher else Train.recipe)
+    config = RECIPES[recipe]
+    if base.teacher:
+        config = student_config(base.teacher, config)
     if base.size is not None:
         config = dataclasses.replace(config, model=SIZES[base.size])
-    defaults = {"train": Train(config, base.recipe, base.size), "plan": Plan(config, base.recipe, base.size)}
+    defaults = {"train": Train(config, recipe, base.size), "plan": Plan(config, recipe, base.size)}
     command = _parse(arguments, defaults)
     if isinstance(command, (Sample, Evaluate)) and (sampling := own_sampling(command.source)):
         own = dataclasses.replace(command, sampling=sampling)  # defaults of the sampling flags
@@ -411,7 +433,13 @@ def parse(arguments: Sequence[str]) -> AnyCommand:
 def _parse(arguments: Sequence[str], defaults: dict[str, AnyCommand]) -> AnyCommand:
     """The command with its flags; `defaults` holds the default values of some commands."""
     commands = {"train": Train, "sample": Sample, "evaluate": Evaluate, "convert": Convert, "data": Data}
-    commands |= {"prepare": Prepare, "plan": Plan, "sweep": Sweep, "export-explorer": ExportExplorer}
+    commands |= {
+        "average": Average,
+        "prepare": Prepare,
+        "plan": Plan,
+        "sweep": Sweep,
+        "export-explorer": ExportExplorer,
+    }
     kinds = []
     for name, kind in commands.items():
         options = {"default": defaults[name]} if name in defaults else {}

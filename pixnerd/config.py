@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from typing_extensions import Doc  # the help of a field whose choices are named elsewhere
 
-from . import frozen
+from . import averages, frozen
 from .checks import Count, Index, NotNegative, Positive, Share, check_fields
 from .data import NAMES as DATA_SET_NAMES
 from .errors import InputError
 from .model_config import SIZES, ModelConfig, Recompute, TextModelConfig, check_resolution, model_config
-from .solvers import SOLVERS
+from .solvers import SOLVERS, STUDENT_SOLVER
 
 
 class Released(NamedTuple):
@@ -49,6 +49,9 @@ class SamplingConfig:
     """guide only steps that start strictly inside; None guides every step"""
     shift: Positive = 1.0
     """shift of the time grid, see solvers.time_grid"""
+    guide: str = ""
+    """autoguidance (2406.02507): a weaker trained model that stands in for the one without a condition, such as an
+    earlier checkpoint, RUN@STEP; empty: the model itself without a condition"""
 
     def __post_init__(self):
         check_fields(self)
@@ -57,10 +60,20 @@ class SamplingConfig:
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1] <= 1:
             low, high = self.interval
             raise InputError(f"guidance interval ({low}, {high}) is not a range; it needs 0 ≤ low < high ≤ 1")
+        if self.solver == STUDENT_SOLVER and self.guidance != 1:
+            raise InputError(
+                f"guidance is {self.guidance}; it has to be 1 with solver {STUDENT_SOLVER}: a student has learned the "
+                "guided velocity of its teacher"
+            )
+        if self.guide and self.guidance == 1:
+            raise InputError(f"guide is {self.guide}, but guidance 1 guides nothing: give another --guidance")
 
     def guides(self, t: float) -> bool:
         """Whether a step that starts at t is guided."""
         return self.guidance != 1 and (self.interval is None or self.interval[0] < t < self.interval[1])
+
+
+STUDENT_SAMPLING = SamplingConfig(steps=4, solver=STUDENT_SOLVER, guidance=1.0, interval=None)
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,25 @@ class TrainConfig:
     """trained model to start from (RUN, RUN@STEP, a .safetensors file, released weights), by its moving average. Empty:
     random weights"""
 
+    # --- distillation: a few-step student of a trained model ---
+    distil: Literal["", "shortcut", "meanflow", "fd"] = ""
+    """train a student that samples in one to eight evaluations: shortcut, two half steps are one step (2410.12557);
+    meanflow, the mean velocity's own equation (2505.13447); fd, the Fréchet distance of its images' features
+    (2604.28190), for one step alone. Empty: train a velocity network"""
+    teacher: str = ""
+    """the trained model whose moving average is distilled, and which the student starts from unless start_from names
+    another: RUN, RUN@STEP, a .safetensors file, released weights"""
+    teacher_content: str = ""
+    """the first digits of the sha256 of the teacher's weights, which the run records; other weights are refused"""
+    teacher_guidance: float = 1.0
+    """w of the teacher's velocity v_u + w·(v_c − v_u), which the student learns: it samples without guidance"""
+    teacher_interval: tuple[float, float] | None = None
+    """guide the teacher only at times strictly inside; None: at every time"""
+    fd_networks: tuple[str, ...] = ("efficientnet",)
+    """whose features distil=fd compares: names or files as for `perceptual`; several distances are added"""
+    fd_decay: Share = 0.999
+    """decay of the moving averages of the features' moments, for distil=fd"""
+
     # --- optimiser ---
     steps: Count = 800_000
     """optimiser steps of the complete run; a run with decay=linear cannot be resumed with another number"""
@@ -124,7 +156,10 @@ class TrainConfig:
     ema_decay: Share = 0.9999
     """decay of the moving average of the weights, which sampling uses"""
     extra_ema_decays: tuple[Share, ...] = ()
-    """decays of further averages, to choose from after training (Karras et al. 2312.02696, section 3)"""
+    """decays of further averages, to choose from after training"""
+    power_averages: tuple[Positive, ...] = ()
+    """widths of averages with power-function profiles, relative to the training so far, such as 0.05 0.1: from two of
+    them, kept at several steps, `pixnerd average` makes any other (Karras et al. 2312.02696, section 3)"""
 
     # --- losses ---
     time_shift: Positive = 1.0
@@ -181,8 +216,34 @@ class TrainConfig:
             raise InputError(f"align_block is {self.aligned_block}; the model has blocks 1 … {self.model.blocks}")
         if self.frequency_quality is not None and not 1 <= self.frequency_quality <= 100:
             raise InputError(f"JPEG quality is {self.frequency_quality}; it has to be a whole number from 1 to 100")
+        self.average_decays(1)  # knows each width
+        self._check_distillation()
         for size in self.decode_sizes:
             check_resolution(self.model, (size, size), (self.model.image_size,) * 2)
+
+    def _check_distillation(self) -> None:
+        if bool(self.distil) != bool(self.teacher):
+            missing = "teacher is empty" if self.distil else "distil is empty"
+            raise InputError(f"{missing}; a student needs both, as in --distil shortcut --teacher runs/quickstart")
+        if self.teacher_interval is not None and not 0 <= self.teacher_interval[0] < self.teacher_interval[1] <= 1:
+            raise InputError(f"teacher_interval is {self.teacher_interval}; it needs 0 ≤ low < high ≤ 1")
+        if not self.distil:
+            return
+        for name in ("align", "perceptual", "frequency_quality"):
+            if value := getattr(self, name):
+                raise InputError(f"{name} is {value!r}; a student learns from its teacher alone: leave it out")
+        if self.sampling.solver != STUDENT_SOLVER:
+            raise InputError(f"sampling.solver is {self.sampling.solver!r}; a student is sampled with {STUDENT_SOLVER}")
+        if self.distil == "meanflow" and self.shard:
+            raise InputError(
+                "shard is on; distil=meanflow differentiates forward, which needs all weights in one place"
+            )
+        if self.distil == "fd" and not self.fd_networks:
+            raise InputError("fd_networks is empty; distil=fd compares the features of at least one network")
+        if self.distil == "fd" and self.accumulate > 1:
+            raise InputError(
+                f"accumulate is {self.accumulate}; distil=fd needs the features of a step's images at once"
+            )
 
     @property
     def image_sizes(self) -> tuple[int, ...]:
@@ -198,10 +259,10 @@ class TrainConfig:
         """The block whose tokens are aligned, counted from 1."""
         return self.align_block or (6 if isinstance(self.model, TextModelConfig) else 8)
 
-    @property
-    def ema_decays(self) -> dict[str, float]:
-        """Name of each moving average in a checkpoint → its decay."""
-        return {"ema": self.ema_decay, **{f"ema-{decay:g}": decay for decay in self.extra_ema_decays}}
+    def average_decays(self, step: int) -> dict[str, float]:
+        """Name of each moving average in a checkpoint → its decay in the update after step 1, 2, …"""
+        fixed = {"ema": self.ema_decay, **{f"ema-{decay:g}": decay for decay in self.extra_ema_decays}}
+        return fixed | {f"power-{width:g}": averages.power_decay(width, step) for width in self.power_averages}
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of config.json."""
@@ -243,7 +304,7 @@ class EvaluationConfig:
     classes: Literal["equal", "random"] = "equal"
     """classes or captions of the sampled images: equally many of each, or random ones"""
     average: str = "ema"
-    """weights to sample with: ema, ema-DECAY or model"""
+    """weights to sample with: ema, ema-DECAY, power-WIDTH or model"""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """how to sample; on the command line, flags default to the run's own settings"""
     seed: Index = 0

@@ -26,7 +26,7 @@ from .metrics.images import Images, content_of, open_images
 from .metrics.nearest import digit_agreement
 from .metrics.scenes import score_scenes, true_score
 from .model import PatchDenoiser
-from .model_source import ModelSource, find_model
+from .model_source import ModelSource, find_model, load_guide
 from .runs import Run
 from .sampling import sample
 
@@ -144,6 +144,9 @@ def row_settings(
     }
     if source is None:
         return {**measured, "images": images.count, "samples": str(Path(config.source))}
+    sampling = dataclasses.asdict(config.sampling)
+    if guide := sampling.pop("guide"):  # rows of earlier versions had none
+        measured["guide_content"] = find_model(guide).content()
     return {
         **measured,
         "checkpoint": source.label,
@@ -152,7 +155,7 @@ def row_settings(
         "images": config.draw,
         "classes": config.classes,
         "seed": config.seed,
-        "sampling": dataclasses.asdict(config.sampling),
+        "sampling": sampling,
     }
 
 
@@ -179,6 +182,7 @@ class Samples:
         self.reference = config.reference or run_config.data
         self.image_size = self.model.config.image_size
         self.conditions: Conditions = model_conditions(self.model, run_config, world.device)
+        self.guide = load_guide(config.sampling, world.device)
         if run and self.conditions.subject == "class" and self.reference == run_config.data and run.classes():
             run.check_classes(data.open_data_set(self.reference, self.image_size).classes)
         self.subjects: Sequence[Subject] = self.conditions.subjects(self.reference, self.image_size)
@@ -203,6 +207,7 @@ class Samples:
                         condition,
                         config.sampling,
                         unconditional=nothing,
+                        weaker=self.guide,
                         seed=config.seed,
                         indices=batch.tolist(),
                     )

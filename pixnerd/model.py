@@ -100,12 +100,14 @@ class PatchDenoiser(nn.Module):
         base_resolution: tuple[int, int] | None,
         text: Tensor | None = None,
         tap: int | None = None,
+        r: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The velocity [B, C, H, W] at x for times t [B], their embedding [B, D], condition c [B, D], text [B, L, D].
 
-        With a base resolution (h, w), the transformer sees the image resized to it (nearest pixel), and each patch of
-        the head covers P·H/h × P·W/w pixels of the full image, at coordinates resampled over the same range. With
-        `tap`, the output tokens [B, N, D] of this block, counted from 1, are returned with the velocity.
+        With ends r [B], the mean velocity over [t, r]: the head's condition has r in place of t. With a base resolution
+        (h, w), the transformer sees the image resized to it (nearest pixel), and each patch of the head covers
+        P·H/h × P·W/w pixels of the full image, at coordinates resampled over the same range. With `tap`, the output
+        tokens [B, N, D] of this block, counted from 1, are returned with the velocity.
         """
         P = self.config.patch_size
         height, width = base_resolution or x.shape[2:]
@@ -122,7 +124,8 @@ class PatchDenoiser(nn.Module):
                 tokens = block(tokens, c, rotary, text)
             if number == tap:
                 tapped = tokens
-        s = F.silu(time[:, None] + tokens).flatten(0, 1)  # [B·N, D]
+        end = time if r is None else self.time_embed(r)  # [B, D]
+        s = F.silu(end[:, None] + tokens).flatten(0, 1)  # [B·N, D]
         pixels = rearrange(x, "b c (h p) (w q) -> (b h w) (p q) c", h=rows, w=columns)  # [B·N, K, C]
         patch = x.shape[2] // rows, x.shape[3] // columns
         pixels = self.head(pixels, s, patch, self.training and self.recompute != "none")
@@ -132,7 +135,14 @@ class PatchDenoiser(nn.Module):
         v = out if self.config.prediction == "v" else velocity_from_image(out, x, t)
         return v if tap is None else (v, tapped)
 
-    def check(self, x: Tensor, t: Tensor, condition: Tensor, base_resolution: tuple[int, int] | None) -> None:
+    def check(
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Tensor,
+        base_resolution: tuple[int, int] | None,
+        r: Tensor | None = None,
+    ) -> None:
         """Raise InputError unless images, times, condition and base resolution fit the model and each other."""
         check_resolution(self.config, tuple(x.shape[2:]), base_resolution)
         if x.shape[1] != self.config.channels:
@@ -142,6 +152,11 @@ class PatchDenoiser(nn.Module):
                 f"times and condition have shapes {tuple(t.shape)} and {tuple(condition.shape)}; "
                 f"both need one entry for each of the {len(x)} images"
             )
+        if r is not None and r.shape != t.shape:
+            raise InputError(f"ends of intervals have shape {tuple(r.shape)}; one is needed for each time, {len(t)}")
+        if r is not None and r.device.type == "cpu" and (early := r < t).any():  # a check would stall an accelerator
+            end, start = float(r[early][0]), float(t[early][0])
+            raise InputError(f"an interval ends at r = {end:g} before its start t = {start:g}; r has to be t or later")
 
     def about(self) -> dict[str, Any]:
         """What `text.build_network` needs to rebuild this network, ready for JSON."""
@@ -183,6 +198,7 @@ class PixNerd(PatchDenoiser):
         labels: Tensor,
         base_resolution: tuple[int, int] | None = None,
         tap: int | None = None,
+        r: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The velocity at x_t, for either `config.prediction`.
 
@@ -192,21 +208,24 @@ class PixNerd(PatchDenoiser):
             labels: classes [B], 0 … num_classes; num_classes itself means "no label".
             base_resolution: (h, w) that the transformer sees while the head decodes H × W; by default the same.
             tap: a block, 1 … blocks, whose tokens are returned as well; by default none.
+            r: for a student, where the intervals end, [B] in [t, 1]: the velocity is then the mean over [t, r]; by
+                default t, the velocity itself.
 
         Returns:
             velocity [B, C, H, W], an estimate of image − noise; with `tap`, (velocity, tokens [B, N, D]).
 
         Raises:
-            InputError: unsuitable sizes, wrong channels, or a label out of range.
+            InputError: unsuitable sizes, wrong channels, a label out of range, or an interval that ends before it
+                starts.
         """
-        self.check(x, t, labels, base_resolution)
+        self.check(x, t, labels, base_resolution, r)
         if labels.ndim != 1:
             raise InputError(f"labels have shape {tuple(labels.shape)}; one class for each image is needed, [B]")
         if labels.device.type == "cpu":  # a check would stall an accelerator; sample and train check beforehand
             check_labels(labels, self.num_classes)
         time = self.time_embed(t)  # [B, D]
         c = F.silu(time + self.label_embed(labels))  # [B, D]
-        return self.denoise(x, t, time, c, base_resolution, tap=tap)
+        return self.denoise(x, t, time, c, base_resolution, tap=tap, r=r)
 
     def about(self) -> dict[str, Any]:
         return super().about() | {"num_classes": self.num_classes}

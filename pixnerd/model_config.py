@@ -59,6 +59,9 @@ class ModelConfig:
     token the noise (arXiv 2609.33895)"""
     prediction: Prediction = "v"
     """what the network's last layer predicts: the velocity x − ε, or the clean image x"""
+    student: bool = False
+    """a few-step student: its head is told the end r of an interval of time [t, r] while the blocks are told t, and its
+    output is the mean velocity over it; a training run sets this where it distils"""
 
     def __post_init__(self):
         check_fields(self, "model.")

@@ -13,14 +13,15 @@ Every command, notebook and panel that takes a trained model takes these names:
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from . import averages
 from .classes import ClassNames
 from .config import RELEASED, SamplingConfig, TrainConfig
 from .data.synsets import synsets, words_of
 from .errors import InputError
-from .files import content_hash, reachable, readable
-from .recipes import TEXT_256
+from .files import content_hash, reachable, readable, replacing
+from .recipes import RECIPES, TEXT_256
 from .runs import Run
 
 if TYPE_CHECKING:  # the defaults of a command's flags need no torch
@@ -29,6 +30,9 @@ if TYPE_CHECKING:  # the defaults of a command's flags need no torch
     from .distributed import World
     from .model import PatchDenoiser
 
+# what a student has from its teacher: data, network, and how this machine computes it best
+TAUGHT = ("data", "decode_sizes", "horizontal_flip", "text_encoder", "cache_text", "noise", "model", "time_shift")
+TAUGHT += ("precision", "compile")
 KINDS = "a run's folder, RUN@STEP, a checkpoint's folder, a .safetensors file or released weights"
 
 
@@ -64,12 +68,20 @@ class ModelSource:
             raise InputError(f"run {self.run.folder} has no checkpoint yet")
         return dataclasses.replace(self, path=checkpoint)
 
+    @property
+    def pinned(self) -> str:
+        """Its name with the step of its checkpoint, RUN@STEP, where the run alone was named."""
+        if self.run is None or reachable(self.name) != self.run.folder:
+            return self.name
+        return f"{Path(self.name)}@{self.label.removeprefix('step-')}"
+
     def file(self, average: str = "ema") -> Path:
         """The file with the weights, fetched from the hub if need be.
 
         Args:
             average: which weights of a checkpoint: "ema", the moving average; "ema-0.999", a further one with this
-                decay; "model", the weights as the optimiser left them, which a sharded run does not write in one file.
+                decay; "power-0.1", one with a power-function profile of this width; "model", the weights as the
+                optimiser left them, which a sharded run does not write in one file.
 
         Raises:
             InputError: there are no such weights.
@@ -190,6 +202,46 @@ def load(path: str | Path, *, weights: str = "ema", device: "torch.device | str"
     return find_model(path).load(weights, device)
 
 
+def synthesise(source: ModelSource, width: float) -> Path:
+    """Write the average of this width, relative to the training so far, into a checkpoint of a run; returns the file.
+
+    It is combined from the averages with power-function profiles (`power_averages`) that the run's checkpoints up to
+    this one keep, see averages.py. `ModelSource.load` reads it as power-WIDTH.
+
+    Raises:
+        InputError: the run keeps no such averages, or they cannot be read.
+        WriteError: the file cannot be written.
+    """
+    from .checkpoints import load_model, numbered, save_model
+
+    checkpoint = source.settled().path
+    if source.run is None or not checkpoint.is_dir():
+        raise InputError(f"{source.name} is no run and no checkpoint, whose averages could be combined: name RUN@STEP")
+    widths = source.run.config().power_averages
+    last = int(checkpoint.name.removeprefix("step-"))
+    kept = [(step, w, folder) for step, folder in numbered(checkpoint.parent) if step <= last for w in widths]
+    if not kept:
+        raise InputError(f"run {source.run.folder} keeps no averages to combine: train with --power-averages 0.05 0.1")
+    target = checkpoint / f"power-{width:g}.safetensors"
+    if width in widths:
+        return target
+    shares = averages.synthesis_weights([step for step, _, _ in kept], [w for _, w, _ in kept], last, width)
+    model, total = None, {}
+    for share, (_, w, folder) in zip(shares, kept, strict=True):
+        model = load_model(folder / f"power-{w:g}.safetensors")
+        for name, weight in model.state_dict().items():
+            total[name] = total.get(name, 0) + share * weight.double()
+    model.load_state_dict(total)
+    with replacing(target) as partial:
+        save_model(model, partial)
+    return target
+
+
+def load_guide(sampling: SamplingConfig, device: "torch.device | str" = "cpu") -> "PatchDenoiser | None":
+    """The model that guides, for `sample`; None where the sampled one guides itself. Raises InputError."""
+    return find_model(sampling.guide).load(device=device) if sampling.guide else None
+
+
 def own_sampling(name: str) -> SamplingConfig | None:
     """The sampling settings that belong to the model called `name`; None if the name is of images, or of nothing."""
     if Path(name).suffix == ".npz":
@@ -198,6 +250,26 @@ def own_sampling(name: str) -> SamplingConfig | None:
         return find_model(each_checkpoint(name)[0]).sampling
     except InputError:
         return None  # said in full where it is opened
+
+
+def student_config(teacher: str, recipe: TrainConfig | None = None, **changes: Any) -> TrainConfig:
+    """The settings of a training run that distils `teacher`: a recipe with the teacher's data, network and guidance.
+
+    Args:
+        teacher: the name of a trained model; for weights without a run, name data and model among the changes.
+        recipe: how to train; by default student-cpu.
+        changes: fields of TrainConfig, such as distil, by default "shortcut", and out.
+
+    Raises:
+        InputError: there is no such model, or its run cannot be read.
+    """
+    source = find_model(teacher)
+    found: dict[str, Any] = {"distil": "shortcut", "teacher": teacher}
+    found |= {"teacher_guidance": source.sampling.guidance, "teacher_interval": source.sampling.interval}
+    if source.run is not None:
+        own = source.run.config()
+        found |= {name: getattr(own, name) for name in TAUGHT}
+    return dataclasses.replace(recipe or RECIPES["student-cpu"], **(found | changes))
 
 
 def each_checkpoint(name: str) -> list[str]:

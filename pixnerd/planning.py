@@ -83,7 +83,7 @@ class Plan:
         config = self.config
         recompute, accumulate = recompute or config.recompute, accumulate or config.accumulate
         shards = self.gpus if config.shard else 1
-        state = cost.state_bytes(self.model, len(config.ema_decays), shards) / GIB
+        state = cost.state_bytes(self.model, len(config.average_decays(1)), shards) / GIB
         if config.precision != "float32":
             state += 2 * sum(p.numel() for p in self.model.parameters()) / GIB
         images = config.batch_size // (self.gpus * accumulate)

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import shutil
 
-from .config import SamplingConfig, TrainConfig
+from .config import STUDENT_SAMPLING, SamplingConfig, TrainConfig
 from .errors import InputError
 from .model_config import SIZES
 
@@ -118,6 +118,22 @@ RECIPES = Recipes(
                 output_norm=True,
             ),
             steps=7000,
+        ),
+        # a few-step student of any small teacher, which brings its data and its network: pixnerd train --teacher RUN
+        "student-cpu": TrainConfig(
+            out="runs/student",
+            steps=600,
+            batch_size=64,
+            learning_rate=1e-3,
+            warmup_steps=20,
+            decay="linear",
+            betas=(0.9, 0.95),
+            label_dropout=0.0,
+            clip=1.0,
+            ema_decay=0.98,
+            recompute="none",
+            checkpoint_every=200,
+            sampling=STUDENT_SAMPLING,
         ),
         "digits-gpu": TrainConfig(
             data="digits",

@@ -126,13 +126,19 @@ class Run:
         )
 
     def completed(self, config: TrainConfig) -> TrainConfig:
-        """`config`, with the aligned block of the run in this folder unless it names one.
+        """`config`, with what the run in this folder has found out: its teacher's checkpoint, and the aligned block.
 
-        Earlier versions wrote 8 into every configuration, also where text models align block 6 by default today.
+        A teacher that is named by its run alone is the checkpoint which that was when the student began. Earlier
+        versions wrote block 8 into every configuration, also where text models align block 6 by default today.
         """
-        if config.align_block is not None or not self.config_path.is_file():
+        if not self.config_path.is_file():
             return config
-        return dataclasses.replace(config, align_block=self.config().align_block)
+        before = self.config()
+        if config.align_block is None:
+            config = dataclasses.replace(config, align_block=before.align_block)
+        if config.teacher and before.teacher.rpartition("@")[0] == str(Path(config.teacher)):
+            config = dataclasses.replace(config, teacher=before.teacher)
+        return config
 
     def config(self) -> TrainConfig:
         """The contents of config.json. Raises InputError if there is no run here or the file cannot be read."""

@@ -3,6 +3,7 @@
 A solver is a generator: given velocity(x, t, start), a start x and the times t_0 < t_1 < … < t_n, it yields x at
 t_1 … t_n. `start` is the time at which the step began and decides on guidance; it differs from t only where a solver
 looks a second time. No solver asks for the velocity at t_n. Source: arXiv 2507.23268, section 5, and the released code.
+The solver of a few-step student, `map`, asks for a mean velocity instead: velocity(x, t, start, end) over [t, end].
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .errors import InputError
 if TYPE_CHECKING:  # nothing here needs torch to run, so the solvers' names are available without it
     from torch import Tensor
 
-    Velocity = Callable[[Tensor, float, float], Tensor]  # (x [B, ...], t, start of the step) → velocity [B, ...]
+    Velocity = Callable[..., Tensor]  # (x [B, ...], t, start of the step[, end of the interval]) → velocity [B, ...]
     Noise = Callable[[], Tensor]  # fresh standard normal noise like x; only the stochastic solver uses it
     Solver = Callable[[Velocity, Tensor, list[float], Noise], Iterator[Tensor]]
 
@@ -117,6 +118,16 @@ def sde(velocity: Velocity, x: Tensor, times: list[float], noise: Noise) -> Iter
         yield x
 
 
+def follow_map(velocity: Velocity, x: Tensor, times: list[float], noise: Noise) -> Iterator[Tensor]:
+    """x ← x + (t_{i+1} − t_i)·u(x, t_i, t_{i+1}) with a student's mean velocity u: one evaluation per step.
+
+    A step is exact, however long, if u is. Source: 2505.13447 (mean velocity), 2410.12557 (shortcut models).
+    """
+    for t, t_next in pairwise(times):
+        x = x + (t_next - t) * velocity(x, t, t, t_next)
+        yield x
+
+
 SOLVERS: dict[str, Solver] = {
     "euler": euler,
     "heun": heun,
@@ -125,4 +136,6 @@ SOLVERS: dict[str, Solver] = {
     "adams3": partial(adams, order=3),
     "adams4": partial(adams, order=4),
     "sde": sde,
+    "map": follow_map,
 }
+STUDENT_SOLVER = "map"  # the only one that follows a student, and it follows nothing else

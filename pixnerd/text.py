@@ -44,6 +44,7 @@ class TextPixNerd(PatchDenoiser):
         text: Tensor,
         base_resolution: tuple[int, int] | None = None,
         tap: int | None = None,
+        r: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The velocity at x_t, for either `config.prediction`.
 
@@ -53,21 +54,24 @@ class TextPixNerd(PatchDenoiser):
             text: the encoder's features [B, L, F], padding included and attended to; those of "" mean "no text".
             base_resolution: (h, w) that the transformer sees while the head decodes H × W; by default the same.
             tap: a block, 1 … blocks, whose tokens are returned as well; by default none.
+            r: for a student, where the intervals end, [B] in [t, 1]: the velocity is then the mean over [t, r]; by
+                default t, the velocity itself.
 
         Returns:
             velocity [B, C, H, W], an estimate of image − noise; with `tap`, (velocity, tokens [B, N, D]).
 
         Raises:
-            InputError: unsuitable sizes, wrong channels, or text of another length or from another encoder.
+            InputError: unsuitable sizes, wrong channels, text of another length or from another encoder, or an
+                interval that ends before it starts.
         """
-        self.check(x, t, text, base_resolution)
+        self.check(x, t, text, base_resolution, r)
         check_text(self.config, text)
         time = self.time_embed(t)  # [B, D]
         c = F.silu(time)  # [B, D]
         text = self.text_norm(self.text_embed(text)) + self.text_positions  # [B, L, D]
         for block in self.text_blocks:
             text = block(text, c)
-        return self.denoise(x, t, time, c, base_resolution, text, tap)
+        return self.denoise(x, t, time, c, base_resolution, text, tap, r)
 
     def as_condition(self, condition: Any) -> Tensor:
         """Text features [B, L, F]."""

@@ -1,4 +1,5 @@
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from pixnerd import data
+from pixnerd import data, load
 from pixnerd.cli import main, parse
 from pixnerd.config import SamplingConfig
+from pixnerd.recipes import RECIPES
+from pixnerd.runs import Run
 
 TINY = ["--data", "synthetic", "--size", "nano/8", "--model.image-size", "16", "--batch-size", "4", "--log-every", "2"]
 
@@ -42,6 +45,42 @@ def test_train_then_sample(trained, tmp_path, capsys):
     assert run("sample", trained, "--count", 12, "--labels", 7, 2, "--batch-size", 12, "--out", tmp_path) == 0
     with np.load(tmp_path / "samples.npz") as file:
         assert np.abs(file["arr_0"].astype(int) - whole).max() <= 1
+
+
+def test_a_student_of_a_run_and_a_weaker_guide(trained, tmp_path, capsys):
+    """From its teacher to measured samples: data, network and guidance are the teacher's, the rest the recipe's."""
+    student, flags = tmp_path / "student", ["--batch-size", 16, "--steps", 2, "--compile", "off"]
+    assert run("train", "--distil", "shortcut", "--teacher", trained, "--out", student, *flags) == 0
+    config = Run(student).config()
+    assert (config.data, config.distil, config.teacher) == ("synthetic", "shortcut", f"{trained}@4")
+    assert (config.teacher_guidance, config.teacher_interval) == (3.5, (0.1, 1.0))
+    assert config.model == dataclasses.replace(Run(trained).config().model, student=True)
+    assert config.learning_rate == RECIPES["student-cpu"].learning_rate
+    assert run("sample", student, "--count", 4, "--steps", 1) == 0
+    assert run("sample", student, "--count", 4, "--solver", "euler") == 2
+    assert "solver is 'euler'; this model is a few-step student" in capsys.readouterr().err
+    assert run("sample", trained, "--count", 4, "--solver", "map", "--guidance", 1) == 2
+    assert "this model is none" in capsys.readouterr().err
+    assert run("train", "--distil", "shortcut", "--teacher", student, "--out", tmp_path / "second", *flags) == 2
+    assert "is a few-step student" in capsys.readouterr().err
+    assert run("train", "--distil", "shortcut", "--out", tmp_path / "second", *flags) == 2
+    assert "teacher is empty; a student needs both" in capsys.readouterr().err
+    assert run("sample", trained, "--count", 4, "--guide", f"{trained}@4", "--out", tmp_path / "guided") == 0
+    assert run("sample", trained, "--count", 4, "--guide", tmp_path / "nowhere") == 2
+    assert "nowhere does not exist" in capsys.readouterr().err
+
+
+def test_an_average_of_any_length_is_made_after_training(tmp_path, capsys):
+    flags = ["--out", tmp_path / "run", *TINY, "--steps", 8, "--checkpoint-every", 2, "--keep-every", 2]
+    assert run("train", *flags, "--power-averages", 0.05, 0.2, "--learning-rate", 0.01) == 0
+    assert run("average", tmp_path / "run", "--width", 0.1) == 0
+    assert "--average power-0.1" in capsys.readouterr().out
+    found, short, long = (load(tmp_path / "run", weights=f"power-{w}").head.out.weight for w in (0.1, 0.05, 0.2))
+    assert (found - short).abs().max() > 0
+    assert (found - long).abs().max() < (short - long).abs().max()
+    assert run("average", f"{tmp_path / 'run'}@4", "--width", 0.5) == 2
+    assert "average's width is 0.5; it has to lie above 0" in capsys.readouterr().err
+    assert run("average", tmp_path / "run" / "checkpoints" / "step-8" / "ema.safetensors", "--width", 0.1) == 2
 
 
 def test_samples_land_in_the_run_and_are_measured(tmp_path, capsys):

@@ -16,7 +16,7 @@ from pixnerd.distributed import World
 from pixnerd.layers import RMSNorm
 from pixnerd.model import ModelConfig
 from pixnerd.runs import Run
-from pixnerd.solvers import SOLVERS
+from pixnerd.solvers import SOLVERS, STUDENT_SOLVER
 from pixnerd.text import TEXT_SIZES, TextPixNerd
 from pixnerd.training import TrainConfig, batches, loop, losses
 
@@ -150,9 +150,12 @@ def test_alignment_with_a_teacher(monkeypatch, request, teacher):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_solvers(monkeypatch, solver):
     monkeypatch.setattr("pixnerd.model.check_labels", lambda *_: None)  # it reads values, before sampling begins
-    config = SamplingConfig(steps=3, solver=solver, guidance=2.0, interval=(0.1, 0.9))
+    student = solver == STUDENT_SOLVER
+    config = SamplingConfig(steps=3, solver=solver, guidance=1.0 if student else 2.0, interval=(0.1, 0.9))
     with fake_gpu():
-        states = list(sampling.trajectory(class_model().eval(), [0, 10], config))
+        model = class_model().eval()
+        model.config = dataclasses.replace(model.config, student=student)
+        states = list(sampling.trajectory(model, [0, 10], config))
         assert [state.step for state in states] == [1, 2, 3]
         for state in states:
             assert (state.x.shape, state.x.dtype, state.x.device.type) == ((2, 3, 64, 64), torch.float32, "cuda")
@@ -190,7 +193,15 @@ def test_a_step_never_waits_for_the_gpu_and_has_few_operators(monkeypatch, reque
         one = batches.LoadedImages(pixels, labels, labels.clone(), tokens=None)
         monkeypatch.setattr(batches, "DataLoader", lambda *_, **__: [one, one])
         run = Run("a folder that is not there")
-        job = loop.Job(config, run, {64: [None] * 9}, conditions, losses.loss_terms(config, world), world)
+        job = loop.Job(
+            config,
+            run,
+            {64: [None] * 9},
+            conditions,
+            losses.VelocityLoss(config),
+            losses.loss_terms(config, world),
+            world,
+        )
         state = loop.build_state(job, None)
         steps = batches.step_batches(config, job.datasets, conditions, 0, world)
         for _ in range(2):  # the first step makes the tables and AdamW's moments

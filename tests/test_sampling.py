@@ -7,20 +7,22 @@ from einops import rearrange
 from safetensors.torch import load_file
 
 from pixnerd import InputError, PixNerd, load_released, sample
+from pixnerd.config import STUDENT_SAMPLING
 from pixnerd.sampling import SamplingConfig, network_passes, sample_batches, sample_noise, trajectory
-from pixnerd.solvers import SOLVERS
+from pixnerd.solvers import SOLVERS, STUDENT_SOLVER
 
-from .conftest import TINY
+from .conftest import TINY, randomised
 
 GOLDEN = "tests/golden/class_p4"
+OF_VELOCITIES = [solver for solver in SOLVERS if solver != STUDENT_SOLVER]
 
 
 class Recorder(PixNerd):
     """Records (t, batch size) of every call."""
 
-    def forward(self, x, t, labels, base_resolution=None):
+    def forward(self, x, t, labels, base_resolution=None, r=None):
         self.calls.append((round(float(t[0]), 6), len(x)))
-        return super().forward(x, t, labels, base_resolution)
+        return super().forward(x, t, labels, base_resolution, r=r)
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def test_where_guidance_costs(recorder, options, sizes):
     assert [size for _, size in recorder.calls] == sizes
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", OF_VELOCITIES)
 def test_passes_are_those_of_real_sampling(recorder, solver):
     config = SamplingConfig(7, solver, 2.0, (0.2, 0.7))
     sample(recorder, [0, 1], **dataclasses.asdict(config))
@@ -168,7 +170,7 @@ def test_bad_input_is_refused_at_the_call(tiny, labels, options, sentence):
         trajectory(tiny, labels, **options)  # not iterated: it has to fail before any computation
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", OF_VELOCITIES)
 @pytest.mark.parametrize("steps", [10, 25, 100])
 def test_a_network_that_knows_the_image_ends_at_it(solver, steps):
     """Nothing of the noise stays, however small the last step is: 1 − t is clamped in the loss alone."""
@@ -179,3 +181,59 @@ def test_a_network_that_knows_the_image_ends_at_it(solver, steps):
     torch.testing.assert_close(states[-1].image, image, rtol=0, atol=1e-5)
     # one-step methods end exactly; a method that averages velocities is off by what they differ in rounding
     torch.testing.assert_close(states[-1].x, image, rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def student():
+    return randomised(PixNerd(dataclasses.replace(TINY, student=True), 5)).eval()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_student_takes_one_evaluation_a_step(student, steps):
+    noise, labels = sample_noise((3, 16, 16), [0, 1]), torch.tensor([1, 4])
+    x = noise
+    with torch.no_grad():
+        for t, t_next in itertools.pairwise(torch.linspace(0, 1, steps + 1)):
+            x = x + (t_next - t) * student(x, t.expand(2), labels, r=t_next.expand(2))
+    torch.testing.assert_close(sample(student, labels, noise=noise, steps=steps), x, atol=1e-4, rtol=1e-4)
+    student.__class__, student.calls = Recorder, []
+    states = list(trajectory(student, labels, noise=noise, steps=steps))
+    assert [size for _, size in student.calls] == [2] * steps
+    assert network_passes(dataclasses.replace(STUDENT_SAMPLING, steps=steps)) == steps
+    torch.testing.assert_close(states[-1].image, states[-1].x)
+
+
+def test_students_and_velocity_networks_have_solvers_of_their_own(tiny, student):
+    assert len(list(trajectory(student, [0]))) == STUDENT_SAMPLING.steps  # its own default
+    for solver in OF_VELOCITIES:
+        with pytest.raises(InputError, match=f"solver is '{solver}'; this model is a few-step student"):
+            trajectory(student, [0], solver=solver)
+    with pytest.raises(InputError, match="solver 'map' follows a few-step student and this model is none"):
+        trajectory(tiny, [0], solver="map", guidance=1.0)
+    with pytest.raises(InputError, match="guidance is 2.0; it has to be 1 with solver map"):
+        trajectory(student, [0], guidance=2.0)
+
+
+def test_a_weaker_model_guides(tiny):
+    """Autoguidance: the same condition for both models, outside the interval the model alone."""
+    weak = randomised(PixNerd(dataclasses.replace(TINY, blocks=1), 5), seed=3).eval()
+    labels = torch.tensor([1, 5])
+    x = noise = sample_noise((3, 16, 16), [0, 1])
+    with torch.no_grad():
+        for step in range(4):
+            t = torch.full((2,), step / 4)
+            good, bad = tiny(x, t, labels), weak(x, t, labels)
+            x = x + (bad + 2.5 * (good - bad) if 0.1 < step / 4 < 0.6 else good) / 4
+    config = SamplingConfig(4, guidance=2.5, interval=(0.1, 0.6))
+    torch.testing.assert_close(sample(tiny, labels, config, noise=noise, weaker=weak), x, atol=1e-4, rtol=1e-4)
+    with pytest.raises(InputError, match="guide is runs/early, whose model has to be given as well"):
+        trajectory(tiny, [0], config=dataclasses.replace(config, guide="runs/early"))
+    with pytest.raises(InputError, match="guide is runs/early, but guidance 1 guides nothing"):
+        SamplingConfig(guidance=1.0, guide="runs/early")
+    for other in (PixNerd(TINY, 6), PixNerd(dataclasses.replace(TINY, channels=1), 5)):
+        with pytest.raises(
+            InputError, match=r"the guide is a model of \d classes with \d channels; a model of 5 classes"
+        ):
+            trajectory(tiny, [0], config, weaker=other)
+    with pytest.raises(InputError, match="channels and a student; a model of 5 classes"):
+        sample_batches(tiny, labels, config, weaker=PixNerd(dataclasses.replace(TINY, student=True), 5))

@@ -25,7 +25,7 @@ def end_of_known_field(solver, steps, shift):
     return abs(float(x) - math.e)
 
 
-KNOWN = {  # solver → (order of convergence, evaluations of the network for 7 steps); the SDE's order has its own test
+KNOWN = {  # solver → (order of convergence, evaluations for 7 steps); the SDE and students have their own tests
     "euler": (1, 7),
     "heun": (2, 13),
     "heun-reuse": (2, 7),
@@ -33,6 +33,7 @@ KNOWN = {  # solver → (order of convergence, evaluations of the network for 7 
     "adams3": (3, 7),
     "adams4": (4, 7),
     "sde": (None, 7),
+    "map": (None, 7),
 }
 
 
@@ -74,7 +75,7 @@ def test_adams_weights_are_integrals_of_lagrange_polynomials(times):
 def test_one_state_per_step_and_never_the_velocity_at_one(solver):
     asked = []
 
-    def velocity(x, t, start):
+    def velocity(x, t, start, end=None):
         asked.append((t, start))
         return torch.ones_like(x)
 
@@ -106,6 +107,15 @@ def test_sde_keeps_the_marginals_of_a_gaussian():
     (plain,) = list(SOLVERS["euler"](velocity, x, times, no_noise))[-1:]
     assert torch.corrcoef(torch.stack((plain, x)))[0, 1] > 0.999  # the plain flow only stretches the start …
     assert torch.corrcoef(torch.stack((noisy_x, x)))[0, 1] < 0.9  # … the stochastic one forgets it
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_a_mean_velocity_is_followed_exactly_however_long_the_steps(steps):
+    """dx/dt = 7 t⁶·x: x_r = x_t·e^(r⁷ − t⁷), also between the steps."""
+    x, times = torch.ones(1, dtype=torch.float64), time_grid(steps)
+    path = SOLVERS["map"](lambda x, t, _, r: x * (math.exp(r**7 - t**7) - 1) / (r - t), x, times, no_noise)
+    for time, state in zip(times[1:], path, strict=True):
+        assert float(state) == pytest.approx(math.exp(time**7), rel=1e-12)
 
 
 def test_shifted_grid():

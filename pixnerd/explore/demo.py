@@ -25,7 +25,7 @@ from ..errors import InputError
 from ..model import PatchDenoiser
 from ..model_source import find_model
 from ..sampling import State, trajectory
-from ..solvers import SOLVERS
+from ..solvers import SOLVERS, STUDENT_SOLVER
 
 MOST_IMAGES = 16
 MOST_STEPS = 200  # the browser has to keep a frame for each
@@ -201,7 +201,9 @@ class Panel(widgets.VBox):
         self.everywhere = _control(widgets.Checkbox, "guide every step", own.interval is None, indent=True)
         widgets.dlink((self.everywhere, "value"), (self.interval, "disabled"))
         self.shift = _field("shift", own.shift)
-        self.solver = _control(widgets.Dropdown, "solver", own.solver, options=list(SOLVERS))
+        student = run.model.config.student
+        solvers = [STUDENT_SOLVER] if student else [solver for solver in SOLVERS if solver != STUDENT_SOLVER]
+        self.solver = _control(widgets.Dropdown, "solver", own.solver, options=solvers)
         self.size = _field("size", side)
         self.draw = widgets.Button(description="Draw", button_style="primary", layout={"width": "auto"})
         self.draw.on_click(self._draw)

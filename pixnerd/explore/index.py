@@ -41,7 +41,7 @@ RUNS = Path("runs")
 STUDIES = Path("notebooks/studies")
 LOOSE = "runs of no study"
 CACHE = ".explorer.json"  # in the folder of the runs: what was read of each, until its files change
-FORMAT = 1  # of the cache
+FORMAT = 2  # of the cache
 SHEET_FILE, SAMPLES_FILE = "sheet.webp", "samples.npz"  # of a run: sixteen samples as a picture, and all samples
 READ = ("config.json", "metrics.json", "log.jsonl", f"{SWEEP}/planned.json", f"{SWEEP}/failed.json")
 NO_SWITCH = HARMLESS | {"seed"}  # settings that make no other arm
@@ -318,11 +318,15 @@ def _label(value: Any) -> str:
 
 
 def train_command(settings: Entry, seed: str, out: str) -> str:
-    """The command that makes a training run with these settings, by dotted name: the flags that its default lacks."""
+    """The command that makes a training run with these settings, by dotted name: the flags that its default lacks.
+
+    Of a student, whose defaults are its teacher's, all of them.
+    """
     flags = ["--out", out, "--seed", seed]
-    for name, default, value in differences(_flat(RECIPES["imagenet-256"].to_dict()), settings):
-        if value is None and default is None:
-            continue
+    named = list(settings.items())
+    if not settings.get("distil"):
+        named = [(d.name, d.new) for d in differences(_flat(RECIPES["imagenet-256"].to_dict()), settings)]
+    for name, value in named:
         group, dot, last = name.replace("_", "-").rpartition(".")
         if isinstance(value, bool):
             flags.append(f"--{group}{dot}{'' if value else 'no-'}{last}")

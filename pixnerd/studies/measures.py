@@ -53,7 +53,7 @@ def measure_run(
         into: the run that keeps the result; by default the measured one. Features of real images are cached beside it.
 
     Returns:
-        "wanted" and "sampling", the settings; "scores", numbers by name; "error_by_t", ten numbers.
+        "wanted" and "sampling", the settings; "scores", numbers by name; "error_by_t", ten numbers, none of a student.
 
     Raises:
         InputError: the run has no checkpoint, or the data cannot be used.
@@ -63,13 +63,15 @@ def measure_run(
     source = find_model(run.folder).settled()
     model = source.load("ema", world.device)
     conditions = model_conditions(model, config, world.device)
-    images = data.load(wanted.errors_on or config.data, config.model.image_size)
-    by_t = velocity_errors(model, images, conditions, wanted.errors, wanted.batch_size)
-    scores = {"velocity_error": statistics.fmean(by_t)}
+    scores, by_t = {}, []
+    if not model.config.student:  # whose velocities nobody follows
+        images = data.load(wanted.errors_on or config.data, config.model.image_size)
+        by_t = velocity_errors(model, images, conditions, wanted.errors, wanted.batch_size)
+        scores["velocity_error"] = statistics.fmean(by_t)
     if wanted.samples:
         scores |= sample_scores(source, model, wanted, sampling, into, world)
     if wanted.unguided:
-        plain = dataclasses.replace(sampling, guidance=1.0)
+        plain = dataclasses.replace(sampling, guidance=1.0, guide="")
         pixels, samples = draw(source, model, wanted, plain, wanted.unguided, world)
         if (agreement := asked_for(pixels, samples, config.data)) is not None:
             scores["unguided_agreement"] = agreement

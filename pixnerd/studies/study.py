@@ -17,6 +17,7 @@ import yaml
 from ..config import SamplingConfig, TrainConfig
 from ..errors import InputError
 from ..files import readable
+from ..model_source import student_config
 from ..recipes import RECIPES
 from ..runs import Run
 from .wanted import Measures
@@ -315,7 +316,12 @@ def _setting_names(config: Any, prefix: str = "") -> set[str]:
 
 
 def configured(base: TrainConfig, settings: Settings) -> TrainConfig:
-    """`base` with these settings. Raises InputError if a value is outside its range."""
+    """`base` with these settings; a teacher among them brings its data, network and guidance.
+
+    Raises InputError if a value is outside its range, or the teacher cannot be found.
+    """
+    if settings.get("teacher"):
+        base = student_config(settings["teacher"], base)
     nested: dict[str, Settings] = {"model": {}, "sampling": {}}
     plain: Settings = {}
     for name, value in settings.items():

@@ -30,6 +30,8 @@ from ..signals import STOP_SIGNALS
 LISTED = 2**22  # images; the order of a larger data set is computed image by image, a list would fill every worker
 SHARED_MEMORY = Path("/dev/shm")  # through which Linux processes hand tensors to one another
 PREFETCH = 2  # batches that each process loads ahead
+# the intervals of a path that shortcut distillation trains: those of 1, 2, 4 and 8 steps, the whole path twice
+SHORTCUTS = ((0, 1), *((k / n, (k + 1) / n) for n in (1, 2, 4, 8) for k in range(n)))
 
 # --- random draws ----------------------------------------------------------------------------------------------------
 
@@ -42,6 +44,7 @@ class StepDraws(NamedTuple):
     dropped: Tensor  # [B] bool: show without label
     flipped: Tensor  # [B] bool: show mirrored
     caption: Tensor  # [B] in [0, 1): which of an image's captions to show
+    r: Tensor  # [B] in [t, 1]: where a student's interval ends; t itself for a velocity network
 
 
 def draw_step(
@@ -50,23 +53,45 @@ def draw_step(
     """The random draws of `step` for the images at `positions` of the global batch, each of shape [C, H, W]."""
     numbers = _philox_numbers if config.noise == "philox" else _torch_numbers
     noise, normals, uniforms = numbers(config.seed, step, positions, shape, device)
-    drop, flip, caption = uniforms.unbind(1)
-    t = flow.logit_normal_time(normals, config.time_shift).float()
+    drop, flip, caption, share = uniforms.unbind(1)
+    t, r = student_interval(config.distil, flow.logit_normal_time(normals, config.time_shift).float(), share, positions)
     flipped = flip < 0.5 if config.horizontal_flip else torch.zeros_like(flip, dtype=torch.bool)
-    return StepDraws(noise, t, drop < config.label_dropout, flipped, caption)
+    return StepDraws(noise, t, drop < config.label_dropout, flipped, caption, r)
+
+
+def student_interval(distil: str, t: Tensor, share: Tensor, positions: range) -> tuple[Tensor, Tensor]:
+    """Starts and ends of the intervals that a step trains, [B] each; for a velocity network they are empty, at t.
+
+    t [B] are training times and share [B] uniform numbers in [0, 1).
+    """
+    if distil == "fd":
+        return torch.zeros_like(t), torch.ones_like(t)
+    if distil == "meanflow":
+        return t, t + (1 - t) * share
+    if distil == "shortcut":
+        place = torch.arange(positions.start, positions.stop, device=t.device) % len(SHORTCUTS)
+        return _shortcut_times(t.device)[place].unbind(1)
+    return t, t
+
+
+@functools.lru_cache(maxsize=4)
+def _shortcut_times(device: torch.device) -> Tensor:
+    """SHORTCUTS [intervals, 2] on a device, to which they are copied once."""
+    with torch.inference_mode(False):  # it outlives the caller, who may be in inference mode
+        return torch.tensor(SHORTCUTS, device=device)
 
 
 def _torch_numbers(
     seed: int, step: int, positions: range, shape: tuple[int, int, int], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normal [B, C, H, W] and [B], uniform [B, 3], from torch's generators, which differ between devices."""
+    """Normal [B, C, H, W] and [B], uniform [B, 4], from torch's generators, which differ between devices."""
     noise, normals, uniforms = [], [], []
     for position in positions:
         g = generator(device, seed, Purpose.TRAINING_STEP, step, position)
         normals.append(torch.randn((), generator=g, device=device))
         two = torch.rand(2, generator=g, device=device)
         noise.append(torch.randn(shape, generator=g, device=device))
-        uniforms.append(torch.cat((two, torch.rand(1, generator=g, device=device))))
+        uniforms.append(torch.cat((two, *(torch.rand(1, generator=g, device=device) for _ in range(2)))))
     return torch.stack(noise), torch.stack(normals), torch.stack(uniforms)
 
 
@@ -78,7 +103,7 @@ def _philox_numbers(
         positions.start, positions.stop, positions.step, device=device
     )  # not copied: a GPU would wait
     bits = functools.partial(random_bits, seed, Purpose.TRAINING_STEP, step)
-    few = bits(0, images, 4)  # [B, 4]
+    few = bits(0, images, 5)  # [B, 5]
     pieces = images.split(1 if device.type == "cpu" else len(images))  # one image fits a CPU's cache
     noise = torch.cat([normal(bits(1, piece, math.prod(shape))) for piece in pieces])
     return noise.view(-1, *shape), normal(few[:, 0]).double(), uniform(few[:, 1:])
@@ -122,6 +147,7 @@ class Batch(NamedTuple):
     t: Tensor  # [B]
     indices: Tensor  # [B], in the data set
     flipped: Tensor  # [B] bool
+    r: Tensor  # [B], ends of a student's intervals, or t
 
     def parts(self, count: int) -> Iterator["Batch"]:
         """Split into `count` consecutive batches."""
@@ -251,4 +277,4 @@ def step_batches(
         image = data.to_float(pixels)
         image = torch.where(draws.flipped[:, None, None, None], image.flip(-1), image)
         condition = conditions.of_images(labels, indices, draws.dropped, draws.caption, loaded.tokens)
-        yield Batch(image, condition, draws.noise, draws.t, indices, draws.flipped)
+        yield Batch(image, condition, draws.noise, draws.t, indices, draws.flipped, draws.r)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from .. import flow
 from ..checkpoints import classes_of, leaders_checkpoint, load_training_state, save_checkpoint
 from ..conditions import Conditions, training_conditions
 from ..config import TrainConfig
@@ -29,8 +28,9 @@ from ..model_source import ModelSource, find_model
 from ..randomness import Purpose, derived_seed
 from ..runs import Run
 from ..text import build_network
-from .batches import Batch, check_shared_memory, load_datasets, step_batches
-from .losses import LossTerm, loss_terms, velocity_measure
+from .batches import SHORTCUTS, Batch, check_shared_memory, load_datasets, step_batches
+from .distillation import objective
+from .losses import LossTerm, Networks, Objective, loss_terms
 from .meters import Bad, Board, LossWindow, SpeedMeter, StepPart
 
 MOST_SKIPPED = 10  # steps in a row without a finite loss and gradient; a run that goes on like this is lost
@@ -72,16 +72,24 @@ def train(config: TrainConfig, device: torch.device | None = None) -> Iterator[S
                 f"batch_size {config.batch_size} cannot be shared evenly by {world.size} processes "
                 f"in {config.accumulate} parts each"
             )
+        if config.distil == "shortcut" and config.batch_size % (world.size * config.accumulate * len(SHORTCUTS)):
+            raise InputError(
+                f"batch_size is {config.batch_size}; distil=shortcut needs a multiple of {len(SHORTCUTS)}, the "
+                f"intervals of a path, in each of {world.size} processes and {config.accumulate} parts"
+            )
         if config.shard:
             check_sharding()
         check_shared_memory(config, world)
         conditions = training_conditions(config, dataset, world.device)
     checkpoint = leaders_checkpoint(run.checkpoints, world)
-    start = leaders_start(config, world) if checkpoint is None and config.start_from else None
-    job = Job(config, run, datasets, conditions, loss_terms(config, world), world, start)
+    config, teacher = find_teacher(config, conditions.num_classes, world)
+    start = leaders_model(config.start_from or config.teacher, world) if checkpoint is None else None
+    with world.together():
+        aim = objective(config, world, dataset, conditions, teacher, checkpoint is not None)
+    job = Job(config, run, datasets, conditions, aim, loss_terms(config, world), world, start)
     with world.together():
         if start is not None:
-            check_start(start, config, conditions.num_classes)
+            check_network("start_from", start.load(), config, conditions.num_classes)
         check_classes(run, checkpoint, conditions.num_classes)
         if job.compiles:
             check_compiler(world.device)
@@ -111,29 +119,58 @@ def check_classes(run: Run, checkpoint: Path | None, num_classes: int | None) ->
         )
 
 
-def leaders_start(config: TrainConfig, world: World) -> ModelSource:
-    """The weights that the leading process finds under the name `config.start_from`, on every process.
+def leaders_model(name: str, world: World) -> ModelSource | None:
+    """The weights that the leading process finds under a name, on every process; None for an empty name.
 
     Raises:
         InputError: in every process, if one of them cannot read them.
     """
+    if not name:
+        return None
     with world.together():
-        source = find_model(config.start_from) if world.leads else None
+        source = find_model(name) if world.leads else None
     return world.from_leader(source).settled(world)
 
 
-def check_start(start: ModelSource, config: TrainConfig, num_classes: int | None) -> None:
-    """Raise InputError unless the weights to start from fit the configured network."""
-    source = start.load()
+def find_teacher(
+    config: TrainConfig, num_classes: int | None, world: World
+) -> tuple[TrainConfig, PatchDenoiser | None]:
+    """The configuration with its teacher's checkpoint and content, and the teacher on the device, if it has one.
+
+    Raises:
+        InputError: in every process: the teacher is missing, another network or a student, or has other weights now.
+    """
+    source = leaders_model(config.teacher, world)
+    model = dataclasses.replace(config.model, student=source is not None)
+    if source is None:
+        return dataclasses.replace(config, model=model), None
+    with world.together():
+        if (teacher := source.load(device=world.device)).config.student:
+            raise InputError(
+                f"teacher {config.teacher} is a few-step student; a student's teacher samples in many steps"
+            )
+        check_network("teacher", teacher, config, num_classes)
+        content = source.content()
+        if config.teacher_content not in ("", content):
+            raise InputError(
+                f"teacher {config.teacher} has weights {content}; teacher_content asks for {config.teacher_content}"
+            )
+    return dataclasses.replace(config, model=model, teacher=source.pinned, teacher_content=content), teacher
+
+
+def check_network(what: str, model: PatchDenoiser, config: TrainConfig, num_classes: int | None) -> None:
+    """Raise InputError unless the weights of the model that the setting `what` names fit the configured network."""
     with torch.device("meta"):
-        model = build_network(config.model, num_classes)
-    theirs, ours = (type(network).__name__ for network in (source, model))
+        wanted = build_network(config.model, num_classes)
+    name = getattr(config, what) or config.teacher
+    theirs, ours = (type(network).__name__ for network in (model, wanted))
     if theirs != ours:
-        raise InputError(f"start_from {config.start_from} is a {theirs}; this run trains a {ours}")
-    found = [d._replace(name=d.name.removeprefix("config.")) for d in differences(source.about(), model.about())]
-    differ = [f"{d.name} {d.old} → {d.new}" for d in found if d.name != "image_size"]  # weights fit any size
+        raise InputError(f"{what} {name} is a {theirs}; this run trains a {ours}")
+    found = [d._replace(name=d.name.removeprefix("config.")) for d in differences(model.about(), wanted.about())]
+    free = {"image_size"} | ({"student"} if config.distil else set())  # weights fit any size; a student adds none
+    differ = [f"{d.name} {d.old} → {d.new}" for d in found if d.name not in free]
     if differ:
-        raise InputError(f"start_from {config.start_from} is another network: {', '.join(differ)}")
+        raise InputError(f"{what} {name} is another network: {', '.join(differ)}")
 
 
 # --- the state of a run ----------------------------------------------------------------------------------------------
@@ -148,8 +185,10 @@ class Job:
     datasets: dict[int, ImageDataset]
     """by size in pixels"""
     conditions: Conditions
+    objective: Objective
+    """the loss that is minimised"""
     terms: list[LossTerm]
-    """the losses added to the velocity loss"""
+    """the losses added to it"""
     world: World
     start: ModelSource | None = None
     """the weights that a new run starts from; None: random ones"""
@@ -169,7 +208,8 @@ class TrainingState:
     """What changes at every step."""
 
     models: dict[str, PatchDenoiser | nn.Module]
-    """by checkpoint file: "model", which is trained; its moving averages "ema", …; the "projector" of REPA"""
+    """by checkpoint file: "model", which is trained; its moving averages "ema", …; the "projector" of REPA; the
+    "moments" of FD-loss"""
     network: nn.Module
     """the model as the forward pass calls it: wrapped in DDP where processes replicate it"""
     optimizer: torch.optim.Optimizer
@@ -187,7 +227,7 @@ class TrainingState:
 def build_models(job: Job) -> dict[str, PatchDenoiser]:
     """The model to train, "model", and its moving averages, "ema" and one per extra decay, all equal at first."""
     config, world, models = job.config, job.world, {}
-    for name in ("model", *config.ema_decays):
+    for name in ("model", *config.average_decays(1)):
         with torch.random.fork_rng():
             torch.manual_seed(derived_seed(config.seed, Purpose.INITIAL_WEIGHTS))
             models[name] = build_network(config.model, job.conditions.num_classes, config.recompute).to(world.device)
@@ -212,6 +252,8 @@ def build_state(job: Job, checkpoint: Path | None) -> TrainingState:
     for term in job.terms:
         if term.trained is not None:
             models["projector"] = bare(term.trained)
+    if job.objective.kept is not None:
+        models["moments"] = job.objective.kept
     trained = [p for name in ("model", "projector") if name in models for p in models[name].parameters()]
     optimizer = torch.optim.AdamW(trained, betas=config.betas, weight_decay=config.weight_decay, fused=True)
     step = 0
@@ -220,7 +262,8 @@ def build_state(job: Job, checkpoint: Path | None) -> TrainingState:
     if world.leads:
         job.run.cut_log(step)  # also to nothing, after a kill before the first checkpoint
     if job.compiles:
-        compile_regions(model)
+        for network in (model, *job.objective.asked):
+            compile_regions(network)
     return TrainingState(models, replicate(model, world), optimizer, step, step)
 
 
@@ -314,10 +357,9 @@ def settle_buckets(job: Job, state: TrainingState, batch: Batch) -> None:
 
 
 def compute_gradients(job: Job, state: TrainingState, batch: Batch) -> Tensor:
-    """Compute the clipped gradient of all losses; returns the velocity loss averaged over all processes, 0-dim."""
-    config, world = job.config, job.world
-    base_resolution = (config.model.image_size,) * 2 if config.decode_sizes else None
-    measure, device = velocity_measure(config), world.device
+    """Compute the clipped gradient of all losses; returns the objective averaged over all processes, 0-dim."""
+    config, world, device = job.config, job.world, job.world.device
+    roles = Networks(state.network, state.models["model"])
     terms = [term for term in job.terms if term.counts(state.step)]
     tap = next((term.tap for term in terms if term.tap is not None), None)
     networks = [state.network, *(term.trained for term in terms if term.trained is not None)]
@@ -327,9 +369,7 @@ def compute_gradients(job: Job, state: TrainingState, batch: Batch) -> Tensor:
         for network in networks:
             exchange_gradients(network, number == config.accumulate)
         with torch.autocast(device.type, torch.bfloat16, enabled=job.bf16):
-            losses = flow.loss(
-                state.network, part.image, part.condition, part.noise, part.t, base_resolution, measure, tap
-            )
+            losses = job.objective(roles, part, tap)
             values = {term.name: term.value(losses, part) for term in terms}
             total = losses.mean
             for term in terms:
@@ -383,6 +423,7 @@ def update_weights(job: Job, state: TrainingState) -> float:
     if not state.skipped:
         state.optimizer.step()
         update_averages(state.models, job.config, state.step + 1)
+        job.objective.updated()
     state.step += 1
     state.consistent = True
     return lr
@@ -397,7 +438,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 @torch.no_grad()
 def update_averages(models: dict[str, PatchDenoiser], config: TrainConfig, step: int) -> None:
     """Move every average towards the weights after `step` steps; after the first step it equals them."""
-    for name, decay in config.ema_decays.items():
+    for name, decay in config.average_decays(step).items():
         average, weights = ([local_part(p) for p in models[which].parameters()] for which in (name, "model"))
         if step == 1:
             torch._foreach_copy_(average, weights)

@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from einops import rearrange
@@ -26,6 +26,7 @@ from ..errors import InputError
 from ..flow import FlowLoss
 from ..frozen.network import FrozenNetwork
 from ..layers import at_least_float32
+from ..model import PatchDenoiser
 from ..randomness import Purpose, derived_seed
 from .batches import Batch
 
@@ -34,6 +35,63 @@ GATE = 0.3  # t from which the perceptual loss counts
 
 
 # --- what a configuration asks for -----------------------------------------------------------------------------------
+
+
+class Networks(NamedTuple):
+    """A run's network in its two roles."""
+
+    trained: nn.Module  # as the forward pass calls it: wrapped in DDP where processes replicate it
+    bare: PatchDenoiser  # the same without its wrapper
+
+
+class Objective(Protocol):
+    """What a training run minimises; further terms may be added to it."""
+
+    kept: nn.Module | None
+    """what it has to remember from step to step, kept in checkpoints; None: nothing"""
+
+    def __call__(self, networks: Networks, part: Batch, tap: int | None) -> FlowLoss:
+        """The loss of a part of a step. `tap`: a block whose tokens are returned as well, see flow.loss."""
+
+    @property
+    def asked(self) -> list[PatchDenoiser]:
+        """The networks that it asks for velocities besides the trained one."""
+
+    def updated(self) -> None:
+        """The weights were updated with the gradient of the last loss."""
+
+
+class VelocityLoss:
+    """Flow matching, see flow.loss: what every run minimises that distils nothing."""
+
+    kept = None
+
+    def __init__(self, config: TrainConfig):
+        self.base_resolution, self.measure = base_resolution(config), velocity_measure(config)
+
+    def __call__(self, networks: Networks, part: Batch, tap: int | None) -> FlowLoss:
+        return flow.loss(
+            networks.trained,
+            part.image,
+            part.condition,
+            part.noise,
+            part.t,
+            self.base_resolution,
+            self.measure,
+            tap,
+        )
+
+    @property
+    def asked(self) -> list[PatchDenoiser]:
+        return []
+
+    def updated(self) -> None:
+        pass
+
+
+def base_resolution(config: TrainConfig) -> tuple[int, int] | None:
+    """The (h, w) that the transformer sees where the fields decode other sizes; None: the images' own."""
+    return (config.model.image_size,) * 2 if config.decode_sizes else None
 
 
 class LossTerm(NamedTuple):

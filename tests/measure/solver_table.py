@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from pixnerd import load, sample
-from pixnerd.solvers import SOLVERS
+from pixnerd.solvers import SOLVERS, STUDENT_SOLVER
 
 STEPS = (5, 10, 25, 50, 100)
 
@@ -21,7 +21,7 @@ def main(run: str) -> None:
     truth = sample(model, labels, steps=1000, guidance=1.0)
     print("| solver |" + "".join(f" {steps} steps |" for steps in STEPS))
     print("|---|" + "---|" * len(STEPS))
-    for solver in tqdm([name for name in SOLVERS if name != "sde"]):
+    for solver in tqdm([name for name in SOLVERS if name not in ("sde", STUDENT_SOLVER)]):
         ends = (sample(model, labels, steps=steps, solver=solver, guidance=1.0) for steps in STEPS)
         distances = [float((end - truth).square().mean().sqrt()) for end in ends]
         print(f"| `{solver}` |" + "".join(f" {distance:.4f} |" for distance in distances))

@@ -15,6 +15,7 @@ from pixnerd.config import SamplingConfig, TrainConfig
 from pixnerd.metrics.nearest import digit_agreement
 from pixnerd.model import PixNerd
 from pixnerd.model_config import ModelConfig
+from pixnerd.model_source import student_config
 from pixnerd.runs import Run
 from pixnerd.sampling import sample_noise
 from pixnerd.studies import measures
@@ -96,6 +97,16 @@ def run(tmp_path_factory):
     for _ in train(config):
         pass
     return Run(config.out)
+
+
+def test_a_student_is_measured_without_velocity_errors(run, wanted, tmp_path):
+    config = student_config(str(run.folder), out=str(tmp_path / "student"), steps=2, batch_size=16)
+    list(train(config))
+    found = measures.measure_run(Run(config.out), dataclasses.replace(wanted, unguided=0))
+    assert found["error_by_t"] == []
+    assert "velocity_error" not in found["scores"]
+    assert "agreement" in found["scores"]
+    assert found["sampling"]["solver"] == "map"
 
 
 def test_a_run_is_measured_and_the_result_kept(run, wanted):

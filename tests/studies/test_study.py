@@ -1,11 +1,13 @@
 """A study's file: what it expands into, and what is refused with which sentence."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from pixnerd import InputError
 from pixnerd.recipes import RECIPES
+from pixnerd.runs import Run
 from pixnerd.studies.study import expand, read_study
 from pixnerd.studies.wanted import Measures
 
@@ -97,6 +99,21 @@ BAD = {
     "set twice": ({"axes": {"head": LINEAR, "b": {"field": {"model.head": "field"}}}}, "set model.head; let adjust"),
     "models and base": ({"models": ["runs/a"]}, "a study of models, which are trained already, has no base"),
 }  # fmt: skip
+
+
+def test_students_have_their_teachers_network(study_file, tmp_path):
+    config = RECIPES["digits-cpu"]
+    Run(tmp_path / "teacher").begin(dataclasses.replace(config, data="synthetic"))
+    ways = {name: {"distil": name} for name in ("shortcut", "meanflow")}
+    settings = {"teacher": str(tmp_path / "teacher"), "steps": 9}
+    plan = plan_of(
+        study_file(base="student-cpu", settings=settings, axes={"distil": ways}, adjust=None, leave_out=None)
+    )
+    for run in plan:
+        assert (run.config.distil, run.config.steps) == (run.choices["distil"], 9)
+        assert (run.config.data, run.config.model) == ("synthetic", config.model)
+        assert run.config.teacher_guidance == config.sampling.guidance
+        assert run.config.sampling.solver == "map"
 
 
 @pytest.mark.parametrize(("parts", "sentence"), BAD.values(), ids=BAD.keys())

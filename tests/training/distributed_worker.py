@@ -1,6 +1,6 @@
 """What the processes of test_distributed.py do.
 
-torchrun -m tests.training.distributed_worker FOLDER straight|killed|resumed|again|listings|skips|starts
+torchrun -m tests.training.distributed_worker FOLDER straight|killed|resumed|again|listings|skips|starts|students
 """
 
 import contextlib
@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from pixnerd import InputError, checkpoints, flow
+from pixnerd.config import STUDENT_SAMPLING
 from pixnerd.distributed import join, leave
 from pixnerd.model import ModelConfig
+from pixnerd.model_source import student_config
 from pixnerd.training import StepRecord, TrainConfig, loop, train
 
 STEPS, KILLED_AFTER = 20, 7
@@ -136,6 +138,28 @@ def starts(folder: Path) -> None:
         pass
 
 
+def student(folder: Path, distil: str, teacher: Path) -> TrainConfig:
+    return student_config(
+        str(teacher),
+        config(folder, "replicated", several=True),
+        out=str(folder / distil),
+        distil=distil,
+        batch_size=32,
+        learning_rate=1e-3,  # at a larger one rounding grows within twenty steps
+        extra_ema_decays=(),
+        sampling=STUDENT_SAMPLING,
+    )
+
+
+def students(folder: Path) -> None:
+    """Students of one teacher in each way of distilling; every process keeps its own weights."""
+    world = join(torch.device("cpu"))
+    for distil in ("shortcut", "meanflow", "fd"):
+        for record in train(student(folder, distil, folder / "teacher"), world.device):
+            last = record
+        torch.save(last.model.state_dict(), folder / f"{distil}-{world.rank}.pt")
+
+
 def listings(folder: Path) -> None:
     """What every process says of a run's checkpoints when their listings differ, and when one cannot read them."""
     world, run = join(), folder / "run" / "checkpoints"
@@ -166,6 +190,6 @@ def alone(folder: Path, way: str, **changes: Any) -> list[float]:
 
 if __name__ == "__main__":
     place, what = Path(sys.argv[1]), sys.argv[2]
-    functions = {"again": again, "listings": listings, "skips": skips, "starts": starts}
+    functions = {"again": again, "listings": listings, "skips": skips, "starts": starts, "students": students}
     functions.get(what, lambda place: work(place, kill=what == "killed"))(place)
     leave()

@@ -22,7 +22,7 @@ from pixnerd.runs import Run
 from pixnerd.signals import STOPPED
 from pixnerd.training import train
 from pixnerd.training.loop import Job, build_models
-from pixnerd.training.losses import Projector
+from pixnerd.training.losses import Projector, VelocityLoss
 
 from . import distributed_worker
 from .distributed_worker import KILLED_AFTER, STEPS, WAYS
@@ -97,7 +97,7 @@ def test_two_processes_train_what_one_trains(folders, way, tmp_path):
 def first_moments(run, way):
     """AdamW's means of the clipped gradients, of everything that a run trains, from its shards or its one file."""
     config = replace(distributed_worker.config(run, way), shard=False)
-    models = build_models(Job(config, Run(run), {}, Labels(10), [], ALONE))
+    models = build_models(Job(config, Run(run), {}, Labels(10), VelocityLoss(config), [], ALONE))
     if "align" in WAYS[way]:
         models["projector"] = Projector(16, 112)
     named = {f"{file}.{n}": p for file in models if "ema" not in file for n, p in models[file].named_parameters()}
@@ -148,6 +148,24 @@ def test_the_leading_process_decides_from_which_checkpoint_a_run_starts(tmp_path
     leaders, found = load(f"{tmp_path}/first/sharded@2").state_dict(), load(tmp_path / "second/sharded").state_dict()
     assert all(found[name].equal(weight) for name, weight in leaders.items())
     assert not all(found[name].equal(w) for name, w in load(f"{tmp_path}/first/sharded@1").state_dict().items())
+
+
+def test_two_processes_distil_what_one_distils(tmp_path):
+    """Forward-mode derivatives and moments included; both processes hold the same student, bit for bit."""
+    teacher = replace(distributed_worker.config(tmp_path, "replicated"), out=str(tmp_path / "teacher"), steps=5)
+    list(train(teacher, torch.device("cpu")))
+    assert torchrun("tests.training.distributed_worker", tmp_path, "students").wait() == 0
+    for distil in ("shortcut", "meanflow", "fd"):
+        first, second = (torch.load(tmp_path / f"{distil}-{rank}.pt") for rank in range(2))
+        assert all(second[name].equal(weight) for name, weight in first.items()), distil
+        (tmp_path / "alone").mkdir(exist_ok=True)
+        list(train(distributed_worker.student(tmp_path / "alone", distil, tmp_path / "teacher"), torch.device("cpu")))
+        mine, theirs = (Run(folder / distil).read_log() for folder in (tmp_path / "alone", tmp_path))
+        for one, other in zip(mine, theirs, strict=True):
+            assert other["loss"] == pytest.approx(one["loss"], rel=1e-3), distil
+            assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-2), distil
+        for name, weight in load(tmp_path / "alone" / distil).state_dict().items():
+            torch.testing.assert_close(first[name], weight, atol=2e-3, rtol=1e-2)
 
 
 def test_the_leading_process_decides_which_checkpoint_is_resumed(tmp_path):

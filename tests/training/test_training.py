@@ -28,6 +28,7 @@ from pixnerd.text import TextModelConfig
 from pixnerd.training import NonFiniteLoss, TrainConfig, draw_step, step_indices, step_size, train
 from pixnerd.training.batches import step_batches
 from pixnerd.training.loop import Job, build_models
+from pixnerd.training.losses import VelocityLoss
 
 from ..plain import network
 
@@ -188,7 +189,7 @@ def test_the_trained_network_recomputes_what_is_configured(tmp_path, monkeypatch
 def test_every_average_begins_with_the_weights_after_the_first_step(tmp_path):
     """Whatever it held before: neither the initial weights nor zeros have a share in it."""
     config = config_for(tmp_path / "run", extra_ema_decays=(0.5,), checkpoint_every=1, keep_checkpoints=2, steps=2)
-    models = build_models(Job(config, Run(config.out), {}, Labels(10), [], World(0, 1, CPU)))
+    models = build_models(Job(config, Run(config.out), {}, Labels(10), VelocityLoss(config), [], World(0, 1, CPU)))
     for name in ("ema", "ema-0.5"):
         assert all(a.equal(b) for a, b in zip(models[name].parameters(), models["model"].parameters(), strict=True))
     list(train(config, CPU))
