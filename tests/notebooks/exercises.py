@@ -33,7 +33,9 @@ def generate(lessons: Sequence[Path], folder: Path) -> list[Path]:
     command += ["--extra-keys", "metadata.workbook cell.metadata.wrong", *map(str, paths)]
     subprocess.run(command, check=True)
     for path in paths:
-        text = re.sub(r"\]\((?=00_|command_line|demo|images/|notation|python|scale/|measured)", "](../", path.read_text())
+        text = re.sub(
+            r"\]\((?=00_|command_line|demo|images/|notation|python|scale/|measured)", "](../", path.read_text()
+        )
         text = text.replace(
             f"without solutions and outputs: [exercises](exercises/{path.name})",
             f"with solutions and outputs: [lesson](../{path.name})",
