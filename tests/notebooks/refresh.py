@@ -7,19 +7,35 @@ which need a kernel behind them: a reader on a code host sees the figures, and a
 each run took.
 """
 
+import base64
+import io
 import sys
 import tempfile
 from pathlib import Path
 
 import nbformat
 import papermill
+from PIL import Image
 
 from .notebook_files import FOLDER, LESSONS, code_hash, measured, read, solved
+
+LARGE = 60_000  # characters of a figure in the notebook
 
 
 def is_passing(output: nbformat.NotebookNode) -> bool:
     """Progress bars and widgets."""
     return output.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+
+
+def in_few_colours(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The output with its figure in at most 256 colours, which look the same in a plot and need a third of the space,
+    if it is a large one."""
+    figure = output.get("data", {}).get("image/png", "")
+    if len(figure) > LARGE:
+        file = io.BytesIO()
+        Image.open(io.BytesIO(base64.b64decode(figure))).convert("RGB").quantize(256).save(file, "PNG", optimize=True)
+        output.data["image/png"] = base64.b64encode(file.getvalue()).decode()
+    return output
 
 
 def keep_outputs(path: Path, executed: Path) -> None:
@@ -30,7 +46,7 @@ def keep_outputs(path: Path, executed: Path) -> None:
             raise SystemExit(f"{executed} ran another version of {path}: cell {cell.id} differs")
         if cell.cell_type == "code":
             cell.execution_count = ran.execution_count
-            cell.outputs = [output for output in ran.outputs if not is_passing(output)]
+            cell.outputs = [in_few_colours(output) for output in ran.outputs if not is_passing(output)]
     source.metadata.setdefault("workbook", {})["executed"] = code_hash(source)
     nbformat.write(source, path)
 
