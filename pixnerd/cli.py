@@ -413,13 +413,13 @@ AnyCommand = Train | Sample | Evaluate | Convert | Average | Data | Prepare | Pl
 def parse(arguments: Sequence[str]) -> AnyCommand:
     """The command with its flags. Raises InputError for an unknown recipe or size, or a value out of range."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("recipe", "size", "teacher"):
+    for name in ("recipe", "size", "distil", "teacher"):
         first.add_argument(f"--{name}")
     base, _ = first.parse_known_args(arguments)  # these set the defaults of all others
     recipe = base.recipe or ("student-cpu" if base.teacher else Train.recipe)
     config = RECIPES[recipe]
     if base.teacher:
-        config = student_config(base.teacher, config)
+        config = student_config(base.teacher, config, distil=base.distil or "shortcut")
     if base.size is not None:
         config = dataclasses.replace(config, model=SIZES[base.size])
     defaults = {"train": Train(config, recipe, base.size), "plan": Plan(config, recipe, base.size)}

@@ -269,7 +269,11 @@ def student_config(teacher: str, recipe: TrainConfig | None = None, **changes: A
     if source.run is not None:
         own = source.run.config()
         found |= {name: getattr(own, name) for name in TAUGHT}
-    return dataclasses.replace(recipe or RECIPES["student-cpu"], **(found | changes))
+    found |= changes
+    config = recipe or RECIPES["student-cpu"]
+    if found["distil"] == "fd":  # it trains no other number of steps
+        found.setdefault("sampling", dataclasses.replace(config.sampling, steps=1))
+    return dataclasses.replace(config, **found)
 
 
 def each_checkpoint(name: str) -> list[str]:

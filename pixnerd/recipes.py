@@ -122,17 +122,17 @@ RECIPES = Recipes(
         # a few-step student of any small teacher, which brings its data and its network: pixnerd train --teacher RUN
         "student-cpu": TrainConfig(
             out="runs/student",
-            steps=600,
+            steps=2000,
             batch_size=64,
-            learning_rate=1e-3,
+            learning_rate=2e-3,
             warmup_steps=20,
             decay="linear",
             betas=(0.9, 0.95),
             label_dropout=0.0,
             clip=1.0,
-            ema_decay=0.98,
+            ema_decay=0.99,
             recompute="none",
-            checkpoint_every=200,
+            checkpoint_every=500,
             sampling=STUDENT_SAMPLING,
         ),
         "digits-gpu": TrainConfig(

@@ -35,9 +35,8 @@ class State:
     """the estimate x̂ of the clean images by the step's last velocity, x + (1 − t)·v, [B, C, H, W]"""
 
 
-Predict = Callable[
-    [Tensor, float, bool, float | None], Tensor
-]  # (x, t, guided, end of a student's interval) → velocity
+# (x [B, …], t, whether it is guided, the end of a student's interval) → velocity [B, …]
+Predict = Callable[[Tensor, float, bool, float | None], Tensor]
 
 
 def sample_noise(shape: tuple[int, int, int], indices: Sequence[int], seed: int = 0, step: int = 0) -> Tensor:

@@ -35,7 +35,7 @@ class FrozenNetwork(nn.Module):
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Feature maps [B, F, h, w] at several depths for images [B, 3, H, W] in [−1, 1]; gradients pass through."""
-        raise InputError(f"{self.name} gives no feature maps, which the perceptual loss needs")
+        raise InputError(f"{self.name} gives no feature maps, which the perceptual loss and FD-loss need")
 
     def freeze(self, device: torch.device | str) -> None:
         """Move to `device`, permanently in evaluation mode, without gradients for the weights."""

@@ -321,7 +321,7 @@ def configured(base: TrainConfig, settings: Settings) -> TrainConfig:
     Raises InputError if a value is outside its range, or the teacher cannot be found.
     """
     if settings.get("teacher"):
-        base = student_config(settings["teacher"], base)
+        base = student_config(settings["teacher"], base, distil=settings.get("distil", "shortcut"))
     nested: dict[str, Settings] = {"model": {}, "sampling": {}}
     plain: Settings = {}
     for name, value in settings.items():

@@ -22,7 +22,6 @@ from ..data import ImageDataset
 from ..distributed import World
 from ..flow import FlowLoss
 from ..frozen.network import FrozenNetwork
-from ..layers import at_least_float32
 from ..metrics.statistics import Moments
 from ..model import PatchDenoiser
 from ..sampling import trajectory
@@ -135,26 +134,22 @@ class Teacher:
 
         In float32: what bfloat16 rounds would stay on the path, and the student would learn it.
         """
+        options = {"unconditional": self.nothing, "noise": noise, "base_resolution": base_resolution}
         with torch.autocast(noise.device.type, enabled=False):
-            states = trajectory(
-                self.model,
-                condition,
-                self.sampling,
-                unconditional=self.nothing,
-                noise=noise,
-                base_resolution=base_resolution,
-            )
+            states = trajectory(self.model, condition, self.sampling, **options)
             return torch.stack([noise, *(state.x for state in states)])
 
     @torch.no_grad()
     def velocity(self, x: Tensor, t: Tensor, condition: Tensor, base_resolution: tuple[int, int] | None) -> Tensor:
-        """v_u + w·(v_c − v_u) where t lies inside the interval, else v_c; x [B, C, H, W], t [B] → [B, C, H, W]."""
+        """v_u + w·(v_c − v_u) where t lies inside the interval, else v_c; x [B, C, H, W], t [B] → [B, C, H, W].
+
+        In float32, as the path.
+        """
         w, interval = self.sampling.guidance, self.sampling.interval
-        if w == 1:
-            return self.model(x, t, condition, base_resolution)
-        both = torch.cat((condition, self.nothing.to(condition).expand_as(condition)))
-        given, free = self.model(x.repeat(2, 1, 1, 1), t.repeat(2), both, base_resolution).chunk(2)
-        guided = free + w * (given - free)
+        nothing = self.nothing.to(condition).expand_as(condition)
+        with torch.autocast(x.device.type, enabled=False):
+            given = self.model(x, t, condition, base_resolution)
+            guided = given if w == 1 else torch.lerp(self.model(x, t, nothing, base_resolution), given, w)
         if interval is None:
             return guided
         return torch.where(along((interval[0] < t) & (t < interval[1]), x), guided, given)
@@ -217,7 +212,7 @@ class MeanFlowLoss:
         def u(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
             return networks.bare(x, t, part.condition, self.base_resolution, r=r)
 
-        target = mean_velocity(u, at_least_float32(v), x, part.t, part.r)
+        target = mean_velocity(u, v, x, part.t, part.r)
         return regression(networks.trained, x, target, part, self.base_resolution)
 
     @property
@@ -276,9 +271,8 @@ class FeatureMoments(nn.Module):
         self.next = tuple(
             old + share * (world.mean(new.detach()) - old) for old, new in zip(before, batch, strict=True)
         )
-        mean, products = (
-            value + new - new.detach() for value, new in zip(self.next, batch, strict=True)
-        )  # the values of the averages, the gradients of the batch
+        # the values of the averages, the gradients of the batch
+        mean, products = (value + new - new.detach() for value, new in zip(self.next, batch, strict=True))
         covariance = products - torch.outer(mean, mean)
         distance = frechet_distance(mean, covariance, self.real_mean, self.real_root)
         return distance / self.real_root.square().sum()
@@ -330,8 +324,9 @@ class FrechetLoss:
 
 def vectors(network: FrozenNetwork, images: Tensor) -> Tensor:
     """One vector per image [B, F], float64: the means of all feature maps; images [B, C, H, W] in about [−1, 1]."""
-    maps = network.maps(images.float().expand(-1, 3, -1, -1))
-    return torch.cat([of_map.mean((2, 3)) for of_map in maps], 1).double()
+    with torch.autocast(images.device.type, enabled=False):  # differences between rounded moments would be noise
+        maps = network.maps(images.float().expand(-1, 3, -1, -1))
+        return torch.cat([of_map.mean((2, 3)) for of_map in maps], 1).double()
 
 
 @torch.no_grad()

@@ -10,10 +10,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
-from pixnerd import frozen
+from pixnerd import PixNerd, frozen
+from pixnerd.checkpoints import save_model
 from pixnerd.distributed import leave
 from pixnerd.model import ModelConfig
+from pixnerd.model_source import student_config
 from pixnerd.training import TrainConfig, loop, train
+
+from ..conftest import randomised
 
 MODEL = ModelConfig(width=16, heads=2, blocks=3, patch_size=8, image_size=16, field_width=4, field_blocks=2)
 TEACHER = SimpleNamespace(name="a teacher", features=5, tokens=lambda images, grid: torch.ones(len(images), 4, 5))
@@ -70,3 +74,27 @@ def test_two_graphs_without_breaks_or_recompilations(tmp_path, monkeypatch, requ
     assert len([record.loss for record in train(config, torch.device("cpu"))]) == 4
     assert (compiled.frame_count, counters["stats"]["unique_graphs"]) == (2, 2)
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("distil", ["shortcut", "meanflow"])
+def test_students_are_distilled_with_compiled_networks(tmp_path, monkeypatch, distil):
+    """The teacher's velocities come from compiled code, and the derivative along its path from plain code."""
+    monkeypatch.setattr(loop, "check_compiler", lambda device: None)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    save_model(randomised(PixNerd(MODEL, 10)), tmp_path / "teacher.safetensors")
+    losses = {}
+    for compiled in ("on", "off"):
+        config = student_config(
+            str(tmp_path / "teacher.safetensors"),
+            out=str(tmp_path / compiled),
+            data="synthetic",
+            model=MODEL,
+            distil=distil,
+            steps=2,
+            batch_size=16,
+            compile=compiled,
+            precision="float32",
+        )
+        losses[compiled] = [float(record.loss) for record in train(config, torch.device("cpu"))]
+    assert losses["on"] == pytest.approx(losses["off"], rel=1e-4)

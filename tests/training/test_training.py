@@ -226,7 +226,8 @@ def test_draws_belong_to_positions_of_the_global_batch(noise):
 def test_draws_have_the_stated_distributions(noise):
     config = config_for("unused", label_dropout=0.1, noise=noise)
     draws = [draw_step(config, step, range(64), (1, 4, 4), CPU) for step in range(60)]
-    noise, t, dropped, flipped, caption = (torch.cat(parts) for parts in zip(*draws, strict=True))
+    noise, t, dropped, flipped, caption, r = (torch.cat(parts) for parts in zip(*draws, strict=True))
+    assert r.equal(t)  # an empty interval: this is no student
     assert noise.mean().abs() < 0.02
     assert noise.std() == pytest.approx(1, abs=0.02)
     assert torch.logit(t).mean().abs() < 0.06
@@ -241,7 +242,9 @@ def test_all_that_is_drawn_for_an_image_is_independent(noise):
     """Of each other, and of what the next image and the same place in the next step draw."""
     config = config_for("unused", label_dropout=0.3, noise=noise)
     steps = [draw_step(config, step, range(64), (1, 2, 2), CPU) for step in range(100)]
-    pixels, t, dropped, flipped, caption = (torch.stack(parts) for parts in zip(*steps, strict=True))  # [steps, 64, …]
+    pixels, t, dropped, flipped, caption, _ = (
+        torch.stack(parts) for parts in zip(*steps, strict=True)
+    )  # [steps, 64, …]
     normals = torch.stack((*pixels.flatten(2).unbind(2), torch.logit(t)))
     # and of the sizes of the normal numbers: what shares a random number with one may depend on its size alone
     drawn = torch.cat((normals, normals.abs(), torch.stack((dropped.float(), flipped.float(), caption))))
@@ -319,7 +322,7 @@ def folder_of(root, names):
 def test_a_run_records_its_classes_and_refuses_others(tmp_path):
     config = config_for(tmp_path / "run", data=folder_of(tmp_path / "data", "ab"), steps=2)
     list(train(config, CPU))
-    assert json.loads((tmp_path / "run/classes.json").read_text()) == {"classes": ["a", "b"]}
+    assert json.loads((tmp_path / "run/classes.json").read_text()) == {"classes": ["a", "b"], "words": ["a", "b"]}
     before = final_files(tmp_path / "run")
     longer = dataclasses.replace(config, steps=4)
     (tmp_path / "data/a").rename(tmp_path / "data/z")  # b is label 0 now
