@@ -1,11 +1,15 @@
 """The page in a browser with the network off: the same numbers as Python's, and every control changes the picture."""
 
 import base64
+import csv
 import dataclasses
+import io
 import json
+import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pixnerd.explore import ablations
 from pixnerd.explore.index import index, measure_of
@@ -56,6 +60,29 @@ COLOURS = """() => {
     });
     return corners.every((corner) => corner[3] === 255) && corners.map((corner) => corner[0]);
 }"""  # the red in the first pixel of each sheet, once all are drawn
+
+FIRST_TILE = """(place) => {
+    const canvas = document.querySelectorAll(".sheets figure > canvas")[place];
+    const context = new OffscreenCanvas(64, 64).getContext("2d", { willReadFrequently: true });
+    context.drawImage(canvas, 0, 0, 64, 64, 0, 0, 64, 64);
+    const { data } = context.getImageData(0, 0, 64, 64);
+    return data[3] === 255 && [...data];
+}"""  # the first sample of a sheet, once it is drawn
+SHOWN_COLOURS = """(root) => {
+    const below = (node) => {
+        const colour = getComputedStyle(node).backgroundColor;
+        return colour === "rgba(0, 0, 0, 0)" ? below(node.parentElement) : colour;
+    };
+    return [...root.querySelectorAll(":not(option, optgroup, script, style)")].flatMap((node) => {
+        const style = getComputedStyle(node), name = node.getAttribute("class") ?? node.localName;
+        const words = [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
+        if (!node.checkVisibility()) return [];
+        if (node.matches(".curve, .frontier, .mean")) return [[name, 3, style.stroke, below(node)]];
+        if (node.matches(".mark, .best, .difference")) return [[name, 3, style.fill, below(node)]];
+        if (node.matches("text")) return [[name, 4.5, style.fill, below(node)]];
+        return words && !node.matches("svg *") ? [[name, 4.5, style.color, below(node)]] : [];
+    });
+}"""  # of every text and mark: its name, the contrast that it needs, its colour and the one below it
 
 
 def in_browser(page, expression, value=None):
@@ -352,3 +379,203 @@ def test_the_index_says_how_measures_are_read(recorded):
     }
     assert next(iter(found["measures"])) == "velocity_error"
     assert measure_of("fd").title == "FD"
+
+
+# --- what is drawn and told is what Python computes ------------------------------------------------------------------
+
+
+def choose(page, **values):
+    """Set lists of the controls, by their names."""
+    for name, value in values.items():
+        page.locator(f"[data-key='select {name}']").select_option(value)
+
+
+def copied(page, name):
+    """The rows of a table as its button copies them, the titles first."""
+    button = page.locator(f"[data-key='copy {name}']")
+    button.click()
+    page.wait_for_function("(button) => button.textContent === 'copied'", arg=button.element_handle())
+    return list(csv.reader(io.StringIO(page.evaluate("navigator.clipboard.readText()"))))
+
+
+def test_the_tables_and_their_copies_hold_what_python_computes(opened, recorded):
+    found = index(recorded)
+    (study,) = found["studies"]
+    expected = [
+        [*(run["choices"][1:]), run["repeat"], *(side["measures"]["fd"] for side in (run, other))]
+        for run, other in ablations.pairs(study, "head", "linear", "field")
+    ]
+    opened.locator("summary", has_text="behind the picture").click()
+    titles, *rows = copied(opened, "pairs")
+    assert titles == ["prediction", "ratio", "seed", "A linear", "B field", "B − A"]
+    assert sorted(row[:3] for row in rows) == sorted(row[:3] for row in expected)
+    values = {tuple(row[:3]): [float(text) for text in row[3:]] for row in rows}
+    for *place, a, b in expected:
+        assert values[tuple(place)] == pytest.approx([a, b, b - a])
+    titles, *rows = copied(opened, "measures")
+    assert titles == ["measure", "B − A", "95 % from", "to", "p", "pairs", "B is"]
+    assert [row[0] for row in rows] == [measure["title"] for measure in found["measures"].values()]
+    for name, row in zip(found["measures"], rows, strict=True):
+        comparison = ablations.compared(study, "head", "linear", "field", name, {"prediction": "v", "ratio": "1.5"})
+        assert [float(text) for text in row[1:6]] == pytest.approx(list(comparison[:5]))
+        assert row[6] == ablations.verdict(comparison, name)
+
+
+@pytest.mark.parametrize("name", ["measures", "pairs"])
+def test_a_copy_is_in_the_order_that_is_shown(opened, name):
+    opened.locator("summary", has_text="behind the picture").click()
+    for column, as_number in ((1, name == "measures"), (4, True)):
+        for descending in (False, True):
+            opened.locator(f"[data-key='sort {name} {column}']").click()
+            rows = copied(opened, name)[1:]
+            values = [float(row[column]) if as_number else row[column] for row in rows]
+            assert values == sorted(values, reverse=descending)
+            table = opened.locator(f"[aria-label='table of {name}'] tbody tr")
+            assert table.locator("td:first-child").all_inner_texts() == [row[0] for row in rows]
+
+
+def test_the_drawing_has_the_sign_and_the_place_of_the_difference(opened, recorded):
+    """Against the pixels of the axis: the marks, the means, the dot of the difference and the ends of its interval."""
+    (study,) = index(recorded)["studies"]
+    script = """(svg) => {
+        const y = (name, place = "y2") => +svg.querySelector(name).getAttribute(place);
+        const dot = y("circle.difference", "cy"), bar = [y(".bar", "y1"), y(".bar")];
+        const marks = [...svg.querySelectorAll(".mark.a")].map((mark) => +mark.getAttribute("cy"));
+        return { a: y(".zero"), b: y("line.mean"), dot, bar, marks };
+    }"""
+    for place, (ratio, prediction) in enumerate((r, p) for r in ("0.4", "1.5") for p in ("v", "x")):
+        fixed = {"prediction": prediction, "ratio": ratio}
+        drawn = opened.locator(".panel").nth(place).locator("svg").evaluate(script)
+        comparison = ablations.compared(study, "head", "linear", "field", "fd", fixed)
+        pixels = (drawn["b"] - drawn["a"]) / comparison.mean  # of one unit of the measure; upwards they become fewer
+        assert pixels < 0
+        assert drawn["dot"] == pytest.approx(drawn["b"])
+        ends = [drawn["a"] + pixels * end for end in (comparison.low, comparison.high)]
+        assert drawn["bar"] == pytest.approx(ends, abs=0.1)
+        assert np.mean(drawn["marks"]) == pytest.approx(drawn["a"], abs=0.1)
+
+
+@pytest.mark.parametrize(("measure", "better"), [("fd", "lower"), ("class_agreement", "higher")])
+def test_the_stairs_join_the_arms_that_none_beats(opened, recorded, measure, better):
+    choose(opened, measure=measure)
+    (study,) = index(recorded)["studies"]
+    sign = {"lower": 1, "higher": -1}[better]
+    for place, costs in enumerate(("seconds_per_step", "activations_mib", "parameters")):
+        arms = {}
+        for run in study["runs"]:
+            if run["choices"][2] == "1.5":
+                arms.setdefault(" ".join(run["choices"][:2]), []).append(run["measures"])
+        points = {arm: [np.mean([r[name] for r in rows]) for name in (costs, measure)] for arm, rows in arms.items()}
+        best = [
+            arm
+            for arm, (x, y) in sorted(points.items(), key=lambda point: point[1])
+            if not any(u <= x and sign * v <= sign * y and (u, v) != (x, y) for u, v in points.values())
+        ]
+        figure = opened.locator(".cost figure").nth(place)
+        assert figure.locator(".note").inner_text() == f"On the frontier: {'; '.join(best)}"
+        stairs = figure.locator(".frontier").get_attribute("d")
+        assert re.fullmatch(r"M[\d.]+ [\d.]+(H[\d.]+V[\d.]+)*", stairs)
+        heights = [float(height) for height in re.findall(r"(?: |V)([\d.]+)", stairs)]
+        assert len(heights) == len(best)
+        assert heights == sorted(heights, reverse=better == "higher")  # pixels from the top
+    side = {"lower": "the bottom", "higher": "the top"}[better]
+    assert f"towards the left and {side} is better" in opened.locator(".cost > .note").inner_text()
+
+
+def test_the_legend_says_which_way_is_better(opened):
+    for measure, words in (("fd", "lower is"), ("class_agreement", "higher is"), ("sharpness", "neither way is")):
+        choose(opened, measure=measure)
+        assert f"({words} better)" in opened.locator(".legend .measured").inner_text()
+
+
+def test_curves_and_samples_are_those_of_the_panel_in_focus(opened, recorded):
+    (study,) = index(recorded)["studies"]
+    for place, prediction in enumerate("vx"):
+        opened.locator(".panel").nth(place).click()
+        losses = [run["curves"]["loss"][-1] for run in study["runs"] if run["choices"] == ["linear", prediction, "0.4"]]
+        title = opened.locator(".curves svg").first.locator(".mark.a title").text_content()
+        assert float(title.removeprefix("A ends at ")) == pytest.approx(np.mean(losses), rel=5e-3)
+        for canvas, head in enumerate(("linear", "field")):
+            source = study["sheets"][f"{head}-{prediction}-0.4"].partition(",")[2]
+            stored = np.asarray(Image.open(io.BytesIO(base64.b64decode(source))))[1:17, 1:17]
+            shown = opened.wait_for_function(FIRST_TILE, arg=canvas).json_value()
+            assert (np.array(shown, np.uint8).reshape(64, 64, 4)[::4, ::4, :3] == stored).all()
+
+
+# --- predict first: nothing tells -------------------------------------------------------------------------------------
+
+
+def test_nothing_tells_what_is_to_be_predicted(opened, recorded):
+    (study,) = index(recorded)["studies"]
+    opened.locator("summary", has_text="behind the picture").click()
+    opened.get_by_role("checkbox").check()
+    assert opened.locator("p[aria-live]").text_content() == ""
+    assert opened.locator(".panel svg, .panel .figures").count() == 0
+    opened.get_by_role("button", name="B is better").click()
+    fixed = {"prediction": "v", "ratio": "1.5"}
+    comparison = ablations.compared(study, "head", "linear", "field", "fd", fixed)
+    assert f"The {comparison.pairs} pairs behind the picture" in opened.locator(".table summary").inner_text()
+    assert {tuple(row[:2]) for row in copied(opened, "pairs")[1:]} == {("v", "1.5")}
+    assert [panel.locator("svg").count() for panel in opened.locator(".panel").all()] == [0, 0, 1, 0]
+    script = "(all) => all.map((mark) => mark.getBBox()).map((box) => box.y + box.height / 2)"
+    heights = opened.locator(".panel .mark").evaluate_all(script)
+    assert max(heights) - min(heights) > 120  # of 164: the scale is that of this panel alone
+    choose(opened, measure="kid")
+    assert opened.locator(".verdict").count() == 0
+
+
+@pytest.mark.parametrize("measure", ["fd", "class_agreement", "sharpness"])
+def test_a_guess_is_right_if_it_says_what_python_says(opened, recorded, measure):
+    (study,) = index(recorded)["studies"]
+    choose(opened, measure=measure)
+    comparison = ablations.compared(study, "head", "linear", "field", measure, {"prediction": "v", "ratio": "1.5"})
+    words = ablations.verdict(comparison, measure)
+    assert words == {"sharpness": "lower"}.get(measure, "better")
+    opened.get_by_role("checkbox").check()
+    opened.get_by_role("button", name="A is higher" if measure == "sharpness" else "B is better").click()
+    assert opened.locator(".told").inner_text() == "As you predicted."
+    assert opened.evaluate("document.activeElement.matches('.panel[aria-pressed=true]')")
+
+
+# --- focus, slider and colours ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["sort measures 1", "sort pairs 3", "swap", "guess"])
+def test_a_control_that_is_used_by_keyboard_keeps_the_focus(opened, key):
+    opened.locator("summary", has_text="behind the picture").click()
+    before = drawing(opened)
+    opened.locator(f"[data-key='{key}']").focus()
+    opened.keyboard.press("Space")
+    assert drawing(opened) != before
+    assert opened.evaluate("document.activeElement.dataset.key") == key
+
+
+def test_the_slider_stays_where_it_was_when_the_page_is_drawn_again(opened):
+    opened.get_by_role("slider").fill("10")
+    opened.locator("[data-key='swap']").click()
+    assert opened.get_by_role("slider").input_value() == "10"
+    assert opened.locator(".stack").evaluate("(node) => node.style.getPropertyValue('--share')") == "10%"
+
+
+def luminance(colour):
+    """The relative luminance of "rgb(r, g, b)", as WCAG defines it."""
+    parts = np.array([int(part) for part in re.fullmatch(r"rgb\((\d+), (\d+), (\d+)\)", colour).groups()]) / 255
+    return float(np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_and_marks_stand_out_from_what_is_below_them(browser, page_file, scheme):
+    context = browser.new_context(offline=True, color_scheme=scheme)
+    page = context.new_page()
+    page.goto(f"file://{page_file}#{SELECTION}")
+    page.wait_for_selector(".panel")
+    shown = page.locator(".ablations").evaluate(SHOWN_COLOURS)
+    page.locator("[data-key='swap']").click()  # what was better is worse then
+    shown += page.locator(".ablations").evaluate(SHOWN_COLOURS)
+    context.close()
+    names = {name for name, *_ in shown}
+    assert {"verdict better", "verdict worse", "verdict undecided", "side a", "side b", "mark a", "mark b"} <= names
+    assert {"curve a", "curve b", "tick", "note", "best", "frontier"} <= names
+    for name, least, *colours in shown:
+        dark, light = sorted(map(luminance, colours))
+        assert (light + 0.05) / (dark + 0.05) >= least, (name, *colours)
