@@ -54,7 +54,8 @@ def total_derivative(u: MeanVelocity, v: Tensor, x: Tensor, t: Tensor, r: Tensor
     """du/dt = ∂u/∂x·v + ∂u/∂t, along the path whose velocity at x_t is v, by forward-mode differentiation; [B, …].
 
     Fused attention has no forward mode, compiled code none either, and a derivative of numbers rounded to bfloat16
-    would be noise: all three are off inside. u has to be the network itself: DDP's wrapper would note a forward pass.
+    would be noise: all three are off inside. u has to be the network itself: DDP's wrapper is for
+    the forward pass whose gradients it exchanges.
     """
     with (
         torch.no_grad(),

@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from pixnerd import InputError, PixNerd, load, sample
@@ -335,6 +336,9 @@ def test_a_student_is_trained_resumed_and_sampled(trained, tmp_path, distil):
                 break
     assert losses == straight
     assert final_files(tmp_path / "resumed") == final_files(tmp_path / "straight")
+    if distil == "fd":  # what it remembers moved with every update
+        moments = load_file(tmp_path / "straight/checkpoints/step-12/moments.safetensors")
+        assert moments["0.steps"] == 12
     config = Run(tmp_path / "straight").config()
     assert config.teacher == f"{trained}@12"
     assert config.teacher_content
