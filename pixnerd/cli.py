@@ -432,14 +432,8 @@ def parse(arguments: Sequence[str]) -> AnyCommand:
 
 def _parse(arguments: Sequence[str], defaults: dict[str, AnyCommand]) -> AnyCommand:
     """The command with its flags; `defaults` holds the default values of some commands."""
-    commands = {"train": Train, "sample": Sample, "evaluate": Evaluate, "convert": Convert, "data": Data}
-    commands |= {
-        "average": Average,
-        "prepare": Prepare,
-        "plan": Plan,
-        "sweep": Sweep,
-        "export-explorer": ExportExplorer,
-    }
+    commands = {"train": Train, "sample": Sample, "evaluate": Evaluate, "convert": Convert, "average": Average}
+    commands |= {"data": Data, "prepare": Prepare, "plan": Plan, "sweep": Sweep, "export-explorer": ExportExplorer}
     kinds = []
     for name, kind in commands.items():
         options = {"default": defaults[name]} if name in defaults else {}

@@ -57,6 +57,16 @@ def mean_square(error: Tensor) -> Tensor:
     return error.square().mean(dim=(1, 2, 3))
 
 
+def bounded(error: Tensor, t: Tensor, prediction: str) -> Tensor:
+    """A velocity error [B, C, H, W] as losses take it: for a model that predicts the image, times (1 − t)/0.05 where
+    that is below 1.
+
+    An error of x̂ is an error of v̂ 1/(1 − t) times as large; so the weight of the squared image error stays at or below
+    400.
+    """
+    return error * ((1 - t) / LOSS_CLAMP).clamp(max=1).view(-1, 1, 1, 1) if prediction == "x" else error
+
+
 def loss(
     model: PatchDenoiser,
     image: Tensor,
@@ -67,10 +77,7 @@ def loss(
     measure: Callable[[Tensor], Tensor] = mean_square,
     tap: int | None = None,
 ) -> FlowLoss:
-    """mean((v̂ − v)²) at x_t, with weight 1.
-
-    For a model that predicts the image, an error of x̂ is an error of v̂ 1/(1 − t) times as large. From t = 0.95 on the
-    velocity error is scaled by (1 − t)/0.05, so that the weight of the squared image error stays at or below 400.
+    """mean((v̂ − v)²) at x_t, with weight 1; for a model that predicts the image see `bounded`.
 
     Args:
         model: the velocity network.
@@ -88,8 +95,5 @@ def loss(
         estimate = model(x_t, t, condition, base_resolution)
     else:
         estimate, tokens = model(x_t, t, condition, base_resolution, tap)
-    error = estimate - velocity(image, noise)
-    if model.config.prediction == "x":
-        error = error * ((1 - t) / LOSS_CLAMP).clamp(max=1).view(-1, 1, 1, 1)
-    per_image = measure(error)  # [B]
+    per_image = measure(bounded(estimate - velocity(image, noise), t, model.config.prediction))  # [B]
     return FlowLoss(per_image.mean(), per_image.detach(), clean_image(x_t, estimate, t), tokens)

@@ -22,7 +22,7 @@ from ..data import ImageDataset
 from ..distributed import World
 from ..flow import FlowLoss
 from ..frozen.network import FrozenNetwork
-from ..metrics.statistics import Moments
+from ..metrics.features import collect
 from ..model import PatchDenoiser
 from ..sampling import trajectory
 from .batches import SHORTCUTS, Batch
@@ -30,6 +30,7 @@ from .losses import Networks, Objective, VelocityLoss, base_resolution
 
 PATH_STEPS = 16  # of Euler, with which shortcut distillation follows its teacher; a power of 2, 8 or more
 FLAT = 1e-3  # of the mean variance of a feature: below it, FD-loss takes a direction for flat
+BATCH = 64  # real images whose features FD-loss computes at a time
 MeanVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [B, …], t [B], r [B]) → u [B, …]
 
 
@@ -156,7 +157,7 @@ class Teacher:
         return torch.where(along((interval[0] < t) & (t < interval[1]), x), guided, given)
 
 
-class ShortcutLoss:
+class ShortcutLoss(Objective):
     """Two half steps are one step, on the teacher's own paths, from its steps up to the one step of the whole path.
 
     Consecutive images of a batch, as many as SHORTCUTS, are the intervals of one path, which starts at the noise of the
@@ -164,10 +165,8 @@ class ShortcutLoss:
     length, so that the errors of all steps from noise to image count alike, however many there are.
     """
 
-    kept = None
-
     def __init__(self, config: TrainConfig, teacher: Teacher):
-        self.teacher, self.base_resolution = teacher, base_resolution(config)
+        self.teacher, self.base_resolution, self.asked = teacher, base_resolution(config), (teacher.model,)
 
     def __call__(self, networks: Networks, part: Batch, tap: int | None) -> FlowLoss:
         group = len(SHORTCUTS)
@@ -190,21 +189,12 @@ class ShortcutLoss:
         u = [means[r - t][round(t / (r - t))] for t, r in SHORTCUTS]
         return torch.stack(x, 1).flatten(0, 1), torch.stack(u, 1).flatten(0, 1)
 
-    @property
-    def asked(self) -> list[PatchDenoiser]:
-        return [self.teacher.model]
 
-    def updated(self) -> None:
-        pass
-
-
-class MeanFlowLoss:
+class MeanFlowLoss(Objective):
     """u − (r − t)·du/dt is the teacher's velocity, where du/dt has no gradient."""
 
-    kept = None
-
     def __init__(self, config: TrainConfig, teacher: Teacher):
-        self.teacher, self.base_resolution = teacher, base_resolution(config)
+        self.teacher, self.base_resolution, self.asked = teacher, base_resolution(config), (teacher.model,)
 
     def __call__(self, networks: Networks, part: Batch, tap: int | None) -> FlowLoss:
         x = flow.interpolate(part.image, part.noise, part.t)
@@ -216,13 +206,6 @@ class MeanFlowLoss:
         target = mean_velocity(u, v, x, part.t, part.r)
         return regression(networks.trained, x, target, part, self.base_resolution)
 
-    @property
-    def asked(self) -> list[PatchDenoiser]:
-        return [self.teacher.model]
-
-    def updated(self) -> None:
-        pass
-
 
 def regression(
     network: nn.Module, x: Tensor, target: Tensor, part: Batch, base_resolution: tuple[int, int] | None
@@ -230,13 +213,10 @@ def regression(
     """The mean squared error of u(x_t, t, r) against a target, both [B, C, H, W], times the interval's length.
 
     n steps from noise to image err by the sum of (r − t)·error, whose square is about (r − t) times that of one error:
-    so weighted, a path counts the same in however many steps. From t = 0.95 on, the error of a model that predicts the
-    image is scaled as in flow.loss.
+    so weighted, a path counts the same in however many steps. For a model that predicts the image see flow.bounded.
     """
     u = network(x, part.t, part.condition, base_resolution, r=part.r)
-    error = u - target
-    if network.config.prediction == "x":
-        error = error * ((1 - part.t) / flow.LOSS_CLAMP).clamp(max=1).view(-1, 1, 1, 1)
+    error = flow.bounded(u - target, part.t, network.config.prediction)
     per_image = flow.mean_square(error) * (part.r - part.t)  # [B]
     return FlowLoss(per_image.mean(), per_image.detach(), flow.clean_image(x, u, part.t))
 
@@ -254,10 +234,10 @@ class FeatureMoments(nn.Module):
             self.register_buffer(name, torch.zeros(features, features, **options))  # [F, F]
         self.next: tuple[Tensor, Tensor] | None = None
 
-    def set_real(self, moments: Moments) -> None:
-        """Keep the data's moments."""
-        values, basis = torch.linalg.eigh(moments.covariance)
-        self.real_mean.copy_(moments.mean)
+    def set_real(self, mean: Tensor, covariance: Tensor) -> None:
+        """Keep the data's moments, [F] and [F, F]."""
+        values, basis = torch.linalg.eigh(covariance)
+        self.real_mean.copy_(mean)
         self.real_root.copy_((basis * values.clamp(min=0).sqrt()) @ basis.T)
 
     def distance(self, features: Tensor, decay: float, world: World) -> Tensor:
@@ -286,7 +266,7 @@ class FeatureMoments(nn.Module):
         self.steps += 1
 
 
-class FrechetLoss:
+class FrechetLoss(Objective):
     """The Fréchet distance between one-step images and the data in features of frozen networks, summed over networks.
 
     Each is divided by the total variance of the data's features, so that networks of any scale count alike. The moments
@@ -304,7 +284,7 @@ class FrechetLoss:
         self.kept = nn.ModuleList(FeatureMoments(count, world.device) for count in features)
         if not resumes:  # else the checkpoint has them
             for network, moments in zip(self.networks, self.kept, strict=True):
-                moments.set_real(real_moments(network, dataset, world))
+                moments.set_real(*real_moments(network, dataset, world))
 
     def __call__(self, networks: Networks, part: Batch, tap: int | None) -> FlowLoss:
         u = networks.trained(part.noise, part.t, part.condition, self.base_resolution, r=part.r)
@@ -313,10 +293,6 @@ class FrechetLoss:
         for network, moments in zip(self.networks, self.kept, strict=True):
             total = total + moments.distance(vectors(network, images), self.decay, self.world)
         return FlowLoss(total, total.detach().expand(len(images)), images)
-
-    @property
-    def asked(self) -> list[PatchDenoiser]:
-        return []
 
     def updated(self) -> None:
         for moments in self.kept:
@@ -330,14 +306,10 @@ def vectors(network: FrozenNetwork, images: Tensor) -> Tensor:
         return torch.cat([of_map.mean((2, 3)) for of_map in maps], 1).double()
 
 
-@torch.no_grad()
-def real_moments(network: FrozenNetwork, dataset: ImageDataset, world: World) -> Moments:
-    """The moments of a data set's features; each process reads a share of its images."""
-    found: Moments | None = None
-    for start in range(64 * world.rank, len(dataset), 64 * world.size):
-        pixels, _ = dataset.batch(range(start, min(start + 64, len(dataset))))
-        features = vectors(network, data.to_float(pixels.to(world.device)))
-        found = found or Moments(features.shape[1], world.device)
-        found.add(features)
-    found.share(world)
-    return found
+def real_moments(network: FrozenNetwork, dataset: ImageDataset, world: World) -> tuple[Tensor, Tensor]:
+    """Mean [F] and covariance [F, F] of a data set's features; each process reads a share of its images."""
+    count = len(dataset)
+    starts = range(BATCH * world.rank, count, BATCH * world.size)
+    batches = ((start, dataset.batch(range(start, min(start + BATCH, count)))[0]) for start in starts)
+    found = collect(lambda pixels: {"maps": vectors(network, data.to_float(pixels))}, batches, count, world, keep=0)
+    return found.gaussians["maps"]

@@ -88,7 +88,7 @@ def train(config: TrainConfig, device: torch.device | None = None) -> Iterator[S
         aim = objective(config, world, dataset, conditions, teacher, checkpoint is not None)
     job = Job(config, run, datasets, conditions, aim, loss_terms(config, world), world, start)
     with world.together():
-        if start is not None:
+        if start is not None and config.start_from:  # else it is the teacher, which was checked
             check_network("start_from", start.load(), config, conditions.num_classes)
         check_classes(run, checkpoint, conditions.num_classes)
         if job.compiles:
@@ -162,7 +162,7 @@ def check_network(what: str, model: PatchDenoiser, config: TrainConfig, num_clas
     """Raise InputError unless the weights of the model that the setting `what` names fit the configured network."""
     with torch.device("meta"):
         wanted = build_network(config.model, num_classes)
-    name = getattr(config, what) or config.teacher
+    name = getattr(config, what)
     theirs, ours = (type(network).__name__ for network in (model, wanted))
     if theirs != ours:
         raise InputError(f"{what} {name} is a {theirs}; this run trains a {ours}")

@@ -47,24 +47,21 @@ class Networks(NamedTuple):
 class Objective(Protocol):
     """What a training run minimises; further terms may be added to it."""
 
-    kept: nn.Module | None
+    kept: nn.Module | None = None
     """what it has to remember from step to step, kept in checkpoints; None: nothing"""
 
     def __call__(self, networks: Networks, part: Batch, tap: int | None) -> FlowLoss:
         """The loss of a part of a step. `tap`: a block whose tokens are returned as well, see flow.loss."""
 
-    @property
-    def asked(self) -> list[PatchDenoiser]:
-        """The networks that it asks for velocities besides the trained one."""
+    asked: Sequence[PatchDenoiser] = ()
+    """the networks that it asks for velocities besides the trained one"""
 
     def updated(self) -> None:
         """The weights were updated with the gradient of the last loss."""
 
 
-class VelocityLoss:
+class VelocityLoss(Objective):
     """Flow matching, see flow.loss: what every run minimises that distils nothing."""
-
-    kept = None
 
     def __init__(self, config: TrainConfig):
         self.base_resolution, self.measure = base_resolution(config), velocity_measure(config)
@@ -80,13 +77,6 @@ class VelocityLoss:
             self.measure,
             tap,
         )
-
-    @property
-    def asked(self) -> list[PatchDenoiser]:
-        return []
-
-    def updated(self) -> None:
-        pass
 
 
 def base_resolution(config: TrainConfig) -> tuple[int, int] | None:

@@ -18,21 +18,17 @@ from pixnerd.layers import OutputLinear
 from pixnerd.metrics.statistics import kernel_distance, precision_recall
 from pixnerd.runs import Run
 
+from .last_step import pooled
+
 SETTINGS = [("euler", 25), ("euler", 100), ("heun", 25), ("adams2", 16), ("adams2", 25)]
 PRECISIONS = {"float32": (False, True), "bfloat16": (True, True), "bfloat16 to the end": (True, False)}
 
 
-def pooled(images: torch.Tensor) -> torch.Tensor:
-    """[N, F] of uint8 images [N, 1 or 3, H, W]."""
-    network = frozen.load("efficientnet")
-    return torch.cat([network.pooled(part.expand(-1, 3, -1, -1))["pool"] for part in images.split(32)]).double()
-
-
 def main() -> None:
     run, count = Run(Path(sys.argv[1])), int(sys.argv[2]) if len(sys.argv) > 2 else 300
-    config, network = run.config(), load(run.folder)
+    config, network, efficientnet = run.config(), load(run.folder), frozen.load("efficientnet")
     digits = data.load("digits", config.model.image_size)
-    reference = pooled(digits.batch([i % 10 * 500 + i // 10 for i in range(2000)])[0])
+    reference = pooled(efficientnet, digits.batch([i % 10 * 500 + i // 10 for i in range(2000)])[0]).double()
     float32_output = OutputLinear.forward
     print("| solver, steps | precision | 1000 · KID | precision | recall |\n|---|---|---|---|---|", flush=True)
     for solver, steps in SETTINGS:
@@ -41,7 +37,7 @@ def main() -> None:
             OutputLinear.forward = float32_output if output else nn.Linear.forward
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 images = torch.cat(list(sampling.sample_batches(network, torch.arange(count) % 10, options, seed=0)))
-            found = pooled(data.to_uint8(images.float()))
+            found = pooled(efficientnet, data.to_uint8(images.float())).double()
             kid = 1000 * kernel_distance(reference, found).mean
             precision, recall = precision_recall(reference, found, half=False)
             print(f"| {solver}, {steps} | {name} | {kid:.1f} | {precision:.2f} | {recall:.2f} |", flush=True)

@@ -244,7 +244,7 @@ def test_fd_loss_is_least_for_the_right_gaussian():
     moments = FeatureMoments(1, CPU)
     real = statistics.Moments(1)
     real.add(MEAN + DEVIATION * noise)
-    moments.set_real(real)
+    moments.set_real(real.mean, real.covariance)
     for scale, shift in ((DEVIATION, MEAN), (0.9, 0.1)):
         a, b = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (scale, shift))
         distance = moments.distance(a * noise + b, 0.0, ALONE)
