@@ -40,7 +40,7 @@ demo: setup
 	    { echo "There is no model in $(RUN): run make quickstart first, or name another with RUN=runs/NAME."; exit 1; }
 	page=$$(mktemp -d) && \
 	    $(BIN)/papermill notebooks/demo.ipynb "$$page/demo.ipynb" --prepare-only --no-progress-bar -r run "$(DEMO)" && \
-	    $(BIN)/voila "$$page/demo.ipynb" --show_tracebacks=True
+	    $(BIN)/voila "$$page/demo.ipynb" --show_tracebacks=True --TagRemovePreprocessor.remove_cell_tags=picture
 
 # The ablation explorer in the browser: every record in data/ablations, and the runs in runs/.
 explore: setup
