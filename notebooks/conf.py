@@ -34,6 +34,8 @@ html_theme_options = {
     "secondary_sidebar_items": {"index": [], "**": ["page-toc"]},
 }
 html_css_files = ["book.css"]
+html_js_files = ["book.js"]
+html_show_search_summary = False  # it would fetch pages, which a browser forbids on a disk
 html_copy_source = True
 html_last_updated_fmt = None
 
@@ -41,7 +43,7 @@ html_last_updated_fmt = None
 mathjax_path = "tex-svg.js"
 mathjax3_config = {"options": {"enableMenu": False}}  # the menu would load more
 MATHJAX = files("sphinx-mathjax-offline") / "static" / "mathjax" / mathjax_path
-html_static_path = [str(MATHJAX), "book.css"]
+html_static_path = [str(MATHJAX), "book.css", "book.js"]
 
 
 class AblationsDirective(Directive):

@@ -1,6 +1,7 @@
 """What several test files use: small models with random weights everywhere, so that no zero hides a mistake."""
 
 import os
+import shutil
 import signal
 
 import hypothesis
@@ -91,3 +92,16 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(line)
         seconds, processor = (sum(row[i] for row in rows) for i in (1, 2))
         terminalreporter.write_line(f"{'all':24}{seconds:10.0f}{processor:10.0f}")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's chromium; playwright's own download is not needed."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium is installed (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as browsers:
+        browser = browsers.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -1,24 +1,8 @@
-"""A browser, where one is installed, and a project of invented studies."""
-
-import shutil
+"""A project of invented studies."""
 
 import pytest
 
 from . import synthetic
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Debian's chromium; playwright's own download is not needed."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium is installed (Debian: apt-get install chromium)")
-    with playwright.sync_playwright() as browsers:
-        browser = browsers.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
 
 SMALL = {
     "axes": {
