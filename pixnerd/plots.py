@@ -248,6 +248,35 @@ def curves(
     return figure
 
 
+def dots(
+    panels: dict[str, dict[str, dict[str, Sequence[float]]]], x_label: str, y_label: str, log: bool = False
+) -> Figure:
+    """Every run's measure as a dot, and lines through the means: {title: {name: {x: values of the runs}}}.
+
+    All panels share both axes; x are names, evenly spaced. `log` makes y logarithmic.
+    """
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(1.55 * len(panels) + 0.6, 2.7), layout="constrained", sharey=True, squeeze=False
+    )
+    for axis, (title, groups) in zip(axes[0], panels.items(), strict=True):
+        for index, (name, points) in enumerate(groups.items()):
+            shift, style = 0.08 * (index - (len(groups) - 1) / 2), {"color": f"C{index}", "marker": "os^D"[index % 4]}
+            axis.plot([np.mean(values) for values in points.values()], color=f"C{index}", label=name, linewidth=1)
+            for place, values in enumerate(points.values()):
+                axis.scatter([place + shift] * len(values), values, s=12, alpha=0.6, linewidths=0, **style)
+        axis.set_xticks(range(len(points)), list(points))
+        axis.set_title(title, fontsize=9)
+        axis.set(yscale="log" if log else "linear", xlim=(-0.4, len(points) - 0.6))
+        axis.spines[["top", "right"]].set_visible(False)
+    if log:
+        _plain_ticks(axes[0, 0])  # shared by all panels
+    axes[0, 0].set_ylabel(y_label)
+    axes[0, -1].legend(fontsize=8, frameon=False)
+    figure.supxlabel(x_label, fontsize=10)
+    plt.close(figure)
+    return figure
+
+
 def _plain_ticks(axis: Axes) -> None:
     """Ticks of a short logarithmic y axis as 0.2, 0.5, 1 in place of powers of ten with factors."""
     low, high = axis.get_ylim()

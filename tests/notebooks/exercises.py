@@ -21,7 +21,7 @@ def with_exercises() -> list[Path]:
 def generate(lessons: Sequence[Path], folder: Path) -> list[Path]:
     """Write the lessons' exercises into `folder`.
 
-    Paths in the lessons lead from notebooks/ to runs and to other notebooks; here they start one folder deeper.
+    Paths in the lessons lead from notebooks/ to runs, records and other notebooks; here they start one folder deeper.
     """
     paths = []
     for lesson in lessons:
@@ -34,13 +34,13 @@ def generate(lessons: Sequence[Path], folder: Path) -> list[Path]:
     subprocess.run(command, check=True)
     for path in paths:
         text = re.sub(
-            r"\]\((?=00_|command_line|demo|images/|notation|python|scale/|measured)", "](../", path.read_text()
+            r"\]\((?=00_|command_line|demo|images/|notation|python|scale/|studies|measured)", "](../", path.read_text()
         )
         text = text.replace(
             f"without solutions and outputs: [exercises](exercises/{path.name})",
             f"with solutions and outputs: [lesson](../{path.name})",
         )
-        path.write_text(text.replace('\\"../runs/', '\\"../../runs/'))
+        path.write_text(re.sub(r'\\"\.\./(runs|data)/', r'\\"../../\1/', text))
     return paths
 
 

@@ -56,6 +56,7 @@ def smoke(path: Path, run: Path, out: Path) -> dict[str, Any]:
     """Parameters of a short run that reads the run at `run` and writes to `out`, where the notebook does either."""
     places = {"run": str(run), "out": str(out), "results": str(Path(__file__).with_name("geneval_results.jsonl"))}
     places["study"] = str(FOLDER / "studies" / "rehearsal.yaml")
+    places["record"] = str(FOLDER.parent / "data" / "ablations" / "noise")
     given = dict(read(path).metadata.workbook.smoke)
     return given | {name: place for name, place in places.items() if name in declared(path)}
 
