@@ -287,6 +287,16 @@ def test_the_largest_batch_needs_a_gpu(tmp_path):
         measure.run_benchmark(dataclasses.replace(SMALL, largest=True), "x", "", tmp_path / "x.json")
 
 
+def test_the_peak_is_what_a_step_needs_beyond_what_is_there(monkeypatch):
+    """As a GPU's counters would say."""
+    memory = {"now": 100, "peak": 500}  # 500 of something before
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: memory["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: memory["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: memory.update(peak=memory["now"]))
+    assert measure.peak_bytes(lambda: memory.update(peak=130)) == 30
+
+
 @pytest.mark.parametrize("name", ["precisions", "compile", "recompute"])
 def test_nothing_to_measure_is_refused(name):
     with pytest.raises(InputError, match=f"{name} is empty"):
