@@ -1,6 +1,7 @@
 """The tables of a benchmark's record, as rows of text, the first of them titles. Nothing here needs torch."""
 
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 Table = list[list[str]]
@@ -10,10 +11,20 @@ MIB = 2**20
 def training_table(record: dict[str, Any]) -> Table:
     """A training step of each contestant: time, beside the plain network's in the same precision; memory; roofs."""
     titles = ["network", "precision", "compiled", "recompute", "ms", "of plain", "quartiles", "processor, of plain"]
-    titles += ["GFLOP", "GiB moved", "of matmul rate", "of copy rate", "kept, MiB/image", "peak, MiB"]
+    first = next(row for row in record["training"] if row["kind"] == "plain")
+    titles += [
+        f"of plain, {first['precision']}",
+        "GFLOP",
+        "GiB moved",
+        "of matmul rate",
+        "of copy rate",
+        "kept, MiB/image",
+        "peak, MiB",
+    ]
     rows = [titles]
     for row in record["training"]:
-        cells = [*_ratio_cells(row), f"{row['flops'] / 1e9:.3g}", f"{row['bytes'] / 2**30:.3g}"]
+        of_first = median(own[0] / one[0] for own, one in zip(row["readings"], first["readings"], strict=True))
+        cells = [*_ratio_cells(row), f"{of_first:.2f}", f"{row['flops'] / 1e9:.3g}", f"{row['bytes'] / 2**30:.3g}"]
         cells += [f"{row['utilisation']:.2f}", f"{row['traffic_utilisation']:.2f}"]
         cells.append(f"{row['saved_bytes'] / MIB:.3g}")
         cells.append(f"{row['peak_bytes'] / MIB:.0f}" if "peak_bytes" in row else "")
