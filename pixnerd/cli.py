@@ -1,4 +1,4 @@
-"""The command line: pixnerd train | sample | evaluate | convert | average | data | prepare | plan | sweep |
+"""The command line: pixnerd train | sample | evaluate | convert | average | data | prepare | plan | bench | sweep |
 export-explorer.
 
 A command consists of its flags and a few calls. torch is imported only when a command runs, so --help and a refused
@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import shlex
 import signal
 import sys
 import time
@@ -23,6 +24,7 @@ import tyro
 from typing_extensions import Doc
 
 from . import data
+from .bench.presets import PRESETS, BenchConfig
 from .checks import Count, Index, Positive, check_fields
 from .config import EvaluationConfig, SamplingConfig, TrainConfig
 from .errors import InputError, NonFiniteLoss
@@ -383,6 +385,30 @@ class Sweep(Command):
 
 
 @dataclass(frozen=True)
+class Bench(Command):
+    """Measure what a training step and a sampling step cost, beside the plain network and the linear head.
+
+    All share weights, batch and optimiser and take turns in this process. Prints tables, and writes
+    data/benchmarks/NAME.json.
+    """
+
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME"), Doc(f"one of {', '.join(PRESETS)}")]
+    config: Annotated[BenchConfig, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """file to write; by default data/benchmarks/NAME.json"""
+
+    def run(self) -> None:
+        from .bench.measure import run_benchmark
+        from .bench.tables import TABLES
+
+        flags = as_flags(self.config) + (["--out", str(self.out)] if self.out else [])
+        record = run_benchmark(self.config, self.name, shlex.join(["pixnerd", "bench", self.name, *flags]), self.out)
+        for title, table in TABLES.items():
+            print(f"\n{title}:")
+            _print_table(table(record))
+
+
+@dataclass(frozen=True)
 class ExportExplorer(Command):
     """Write the ablation explorer as one page that needs no network: every record in data/ablations, and the studies
     and runs in the folder runs."""
@@ -407,7 +433,7 @@ def _print_table(rows: Sequence[Sequence[str]], side: str = ">") -> None:
         print(f"  {'  '.join(cells)}".rstrip())
 
 
-AnyCommand = Train | Sample | Evaluate | Convert | Average | Data | Prepare | Plan | Sweep | ExportExplorer
+AnyCommand = Train | Sample | Evaluate | Convert | Average | Data | Prepare | Plan | Bench | Sweep | ExportExplorer
 
 
 def parse(arguments: Sequence[str]) -> AnyCommand:
@@ -422,8 +448,14 @@ def parse(arguments: Sequence[str]) -> AnyCommand:
         config = student_config(base.teacher, config, distil=base.distil or "shortcut")
     if base.size is not None:
         config = dataclasses.replace(config, model=SIZES[base.size])
-    defaults = {"train": Train(config, recipe, base.size), "plan": Plan(config, recipe, base.size)}
+    defaults: dict[str, AnyCommand] = {
+        "train": Train(config, recipe, base.size),
+        "plan": Plan(config, recipe, base.size),
+    }
+    defaults["bench"] = Bench("digits", PRESETS["digits"])
     command = _parse(arguments, defaults)
+    if isinstance(command, Bench) and command.name != "digits":
+        command = _parse(arguments, {**defaults, "bench": Bench(command.name, PRESETS[command.name])})
     if isinstance(command, (Sample, Evaluate)) and (sampling := own_sampling(command.source)):
         own = dataclasses.replace(command, sampling=sampling)  # defaults of the sampling flags
         command = _parse(arguments, {**defaults, type(command).__name__.lower(): own})
@@ -433,7 +465,8 @@ def parse(arguments: Sequence[str]) -> AnyCommand:
 def _parse(arguments: Sequence[str], defaults: dict[str, AnyCommand]) -> AnyCommand:
     """The command with its flags; `defaults` holds the default values of some commands."""
     commands = {"train": Train, "sample": Sample, "evaluate": Evaluate, "convert": Convert, "average": Average}
-    commands |= {"data": Data, "prepare": Prepare, "plan": Plan, "sweep": Sweep, "export-explorer": ExportExplorer}
+    commands |= {"data": Data, "prepare": Prepare, "plan": Plan, "bench": Bench, "sweep": Sweep}
+    commands["export-explorer"] = ExportExplorer
     kinds = []
     for name, kind in commands.items():
         options = {"default": defaults[name]} if name in defaults else {}

@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.benchmark import timer  # waits for a GPU
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import flow
@@ -23,6 +24,7 @@ from .model import PatchDenoiser
 from .model_config import Recompute
 
 MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}  # large enough to reach the device's full speed
+COPIED = {"cuda": 2**30, "cpu": 2**28}  # bytes, more than any cache holds
 
 
 def forward_flops(model: PatchDenoiser, size: int) -> int:
@@ -70,6 +72,17 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - begin)
     return 2 * side**3 / best
+
+
+def copy_rate(device: torch.device) -> float:
+    """Measured bytes per second that copying a large tensor reads and writes, the best of ten."""
+    source = torch.ones(COPIED[device.type] // 4, device=device)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(10):
+        begin = timer()
+        target.copy_(source)
+        best = min(best, timer() - begin)
+    return 2 * source.nbytes / best
 
 
 def state_bytes(model: PatchDenoiser, averages: int = 1, shards: int = 1) -> int:

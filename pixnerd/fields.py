@@ -40,8 +40,8 @@ class FieldBlock(nn.Module):
         self.generator = nn.Linear(condition_width, 2 * width * self.hidden)
         self.norm = RMSNorm(width)
 
-    def forward(self, h: Tensor, s: Tensor) -> Tensor:
-        """h [M, K, W] pixels' features, s [M, D] patches' conditions → [M, K, W]."""
+    def weights(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """W₁ [M, W, R] and W₂ [M, R, W] of the patches with conditions s [M, D]."""
         fc1, fc2 = self.generator(s).chunk(2, dim=-1)  # [M, W·R] each
         fc1 = fc1.unflatten(-1, (self.width, self.hidden))  # [M, W, R]
         fc2 = fc2.unflatten(-1, (self.hidden, self.width))  # [M, R, W]
@@ -49,6 +49,11 @@ class FieldBlock(nn.Module):
             fc1 = unit_fan_in(fc1)
         if self.weight_norm == "fc1+fc2":
             fc2 = unit_fan_in(fc2)
+        return fc1, fc2
+
+    def forward(self, h: Tensor, s: Tensor) -> Tensor:
+        """h [M, K, W] pixels' features, s [M, D] patches' conditions → [M, K, W]."""
+        fc1, fc2 = self.weights(s)
         return torch.baddbmm(h, F.silu(torch.bmm(self.norm(h), fc1)), fc2)
 
 

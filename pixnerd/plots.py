@@ -3,6 +3,7 @@
 Images are [B, C, H, W] in [−1, 1]; one channel is drawn grey.
 """
 
+import itertools
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -141,6 +142,29 @@ def cost_curve(lines: dict[str, list[tuple[int, float]]], name: str, published: 
     axis.yaxis.set_major_formatter("{x:.4g}")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+    plt.close(figure)
+    return figure
+
+
+def roofline(roofs: dict[str, tuple[float, float]], steps: dict[str, tuple[str, float, float]]) -> Figure:
+    """Achieved arithmetic over arithmetic per byte, both logarithmic, below what a device can do at best.
+
+    Args:
+        roofs: precision → FLOP/s of a matrix product, bytes per second of a copy.
+        steps: name → precision, FLOP per byte, FLOP/s; a step has the colour of its precision's roof.
+    """
+    figure, axis = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
+    intensities = [intensity for _, intensity, _ in steps.values()]
+    ridges = [matmul / copy for matmul, copy in roofs.values()]
+    x = np.geomspace(min(intensities + ridges) / 4, max(intensities + ridges) * 4, 100)
+    colours = {precision: f"C{number}" for number, precision in enumerate(roofs)}
+    for precision, (matmul, copy) in roofs.items():
+        axis.plot(x, np.minimum(matmul, x * copy) / 1e9, color=colours[precision], label=f"at best, {precision}")
+    for (name, (precision, intensity, rate)), marker in zip(steps.items(), itertools.cycle("osD^vP*X<>")):
+        axis.plot(intensity, rate / 1e9, marker, color=colours[precision], markersize=5, label=name)
+    axis.set(xlabel="FLOP per byte moved", ylabel="GFLOP/s", xscale="log", yscale="log")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=7)
     plt.close(figure)
     return figure
 

@@ -8,7 +8,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from pixnerd import SIZES, PixNerd
 from pixnerd.cost import (
+    COPIED,
     MATMUL_SIDE,
+    copy_rate,
     forward_flops,
     matmul_rate,
     saved_activation_bytes,
@@ -57,6 +59,13 @@ def test_matmul_rate_is_the_products_arithmetic_by_its_time(monkeypatch):
     monkeypatch.setitem(MATMUL_SIDE, "cpu", 64)
     ticking(monkeypatch, 0.5)
     assert matmul_rate(CPU, torch.float32) == 2 * 64**3 / 0.5
+
+
+def test_copy_rate_is_what_is_read_and_written_by_its_time(monkeypatch):
+    monkeypatch.setitem(COPIED, "cpu", 4096)
+    readings = iter(range(100))
+    monkeypatch.setattr("pixnerd.cost.timer", lambda: next(readings) * 0.5)
+    assert copy_rate(CPU) == 2 * 4096 / 0.5
 
 
 def test_state_is_five_numbers_per_weight():

@@ -5,11 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixnerd import fields
+from pixnerd import fields, plain
 from pixnerd.encodings import ENCODINGS
 from pixnerd.fields import LinearHead, NeuralFieldHead, coordinate_table, unit_fan_in
 
-from . import plain
 from .conftest import SWITCHES, TINY, randomised
 
 CPU = torch.device("cpu")

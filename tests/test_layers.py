@@ -2,9 +2,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pixnerd import plain
 from pixnerd.layers import Attention, OutputLinear, TimeEmbedding, rotary_table, rotate
 
-from . import plain
 from .conftest import randomised
 
 CPU = torch.device("cpu")

@@ -5,10 +5,9 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from pixnerd import SIZES, InputError, ModelConfig, PixNerd, load_released
+from pixnerd import SIZES, InputError, ModelConfig, PixNerd, load_released, plain
 from pixnerd.model import velocity_from_image
 
-from . import plain
 from .conftest import SWITCHES, TINY, randomised
 
 GOLDEN = "tests/golden/class_p4"

@@ -128,7 +128,10 @@ HEAVY |= {"matplotlib", "transformers", "scipy", "sklearn", "tqdm.notebook"}
     "arguments",
     [
         ["--help"],
-        *([command, "--help"] for command in ("train", "sample", "evaluate", "convert", "data", "prepare", "sweep")),
+        *(
+            [command, "--help"]
+            for command in ("train", "sample", "evaluate", "convert", "data", "prepare", "bench", "sweep")
+        ),
         ["export-explorer", "--help"],
         ["export-explorer", "page.txt"],
         ["train", "--stepz", "3"],

@@ -16,7 +16,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -170,33 +169,12 @@ def _stop_now(*_: object) -> None:
 
 def _note_surroundings(path: Path) -> None:
     """Add to a file with what the run is made now, unless it stands there: it may go on elsewhere."""
-    import torch
+    from ..surroundings import surroundings
 
-    from ..data.prepared import machine
-    from ..distributed import default_device
-
-    device = default_device()
-    now = {
-        "pixnerd": version("pixnerd"),
-        "commit": _commit(),
-        "torch": torch.__version__,
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }
+    now = surroundings()
     before = read_json(path, "the surroundings of a run")["made"] if path.is_file() else []
     if now not in before:
         write_atomically(path, json.dumps({"made": [*before, now]}, indent=2) + "\n")
-
-
-def _commit() -> str | None:
-    """The package's git commit, with -dirty if a tracked file differs; None outside of git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
 
 
 # --- the lock of a run -----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """PixNerd as its equations read: slow and plain; only weight names and the configuration come from the package.
 
-The reference for equality (in float64) and for speed (`step_time.py`). Nothing is fused, cached or shared between
-patches; every tensor in an equation is computed explicitly.
+The reference for equality (in float64, in the tests) and for speed (`pixnerd bench`). Nothing is fused, cached or
+shared between patches; every tensor in an equation is computed explicitly.
 """
 
 import functools
@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from pixnerd.model import ModelConfig
+from .model_config import ModelConfig
 
 Weights = dict[str, Tensor]  # a PixNerd's state_dict, or its named_parameters
 
@@ -61,6 +61,12 @@ def encode_patch(encoding: str, side: int) -> list[list[float]]:
     return [encode_coordinate(encoding, k // side, k % side, side, side) for k in range(side**2)]
 
 
+@torch.compiler.assume_constant_result  # or torch.compile would follow every cosine
+def patch_coordinates(encoding: str, side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The features of every pixel of a square patch, [side², F]."""
+    return torch.tensor(encode_patch(encoding, side), dtype=dtype, device=device)
+
+
 def unit_columns(matrix: Tensor) -> Tensor:
     """Every column (an output unit's fan-in) divided by its length."""
     columns = [matrix[:, j] / torch.sqrt((matrix[:, j] ** 2).sum()) for j in range(matrix.shape[1])]
@@ -108,18 +114,19 @@ def shared_block(weights: Weights, name: str, h: Tensor, s: Tensor) -> Tensor:
 
 
 def time_vector(weights: Weights, t: Tensor) -> Tensor:
-    frequencies = torch.exp(-math.log(10) * torch.arange(128, dtype=t.dtype) / 128)
+    frequencies = torch.exp(-math.log(10) * torch.arange(128, dtype=t.dtype, device=t.device) / 128)
     angles = t[:, None] * frequencies
     features = torch.cat((torch.cos(angles), torch.sin(angles)), dim=1)
     return linear(weights, "time_embed.mlp.2", silu(linear(weights, "time_embed.mlp.0", features)))
 
 
 def rotate(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Rotary positions of x [B, H, N, E], with complex numbers."""
-    quarter = x.shape[-1] // 4
-    omega = 10000.0 ** (-torch.arange(quarter, dtype=x.dtype) / quarter)
-    ys = torch.linspace(0, 16, rows, dtype=x.dtype).repeat_interleave(columns)
-    xs = torch.linspace(0, 16, columns, dtype=x.dtype).repeat(rows)
+    """Rotary positions of x [B, H, N, E], with complex numbers, of which there are none in bfloat16."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    quarter, kind = x.shape[-1] // 4, {"dtype": x.dtype, "device": x.device}
+    omega = 10000.0 ** (-torch.arange(quarter, **kind) / quarter)
+    ys = torch.linspace(0, 16, rows, **kind).repeat_interleave(columns)
+    xs = torch.linspace(0, 16, columns, **kind).repeat(rows)
     angles = torch.stack((xs[:, None] * omega, ys[:, None] * omega), dim=-1).reshape(rows * columns, 2 * quarter)
     turned = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2)) * torch.polar(torch.ones_like(angles), angles)
     return torch.view_as_real(turned).reshape(x.shape)
@@ -148,7 +155,8 @@ def dit_block(weights: Weights, name: str, heads: int, x: Tensor, c: Tensor, row
 def field_head(weights: Weights, config: ModelConfig, pixels: Tensor, s: Tensor) -> Tensor:
     """All patches at once: pixels [M, K, C], s [M, D] → [M, K, C], coordinates materialised for every patch."""
     side, w, hidden = config.patch_size, config.field_width, config.field_ratio * config.field_width
-    coordinates = pixels.new_tensor(encode_patch(config.encoding, side)).repeat(len(pixels), 1, 1)
+    table = patch_coordinates(config.encoding, side, pixels.dtype, pixels.device)
+    coordinates = table.repeat(len(pixels), 1, 1)
     seen = pixels if config.field_pixels else pixels[..., :0]
     h = linear(weights, "head.embed", torch.cat((seen, coordinates), dim=-1))
     for block in range(config.field_blocks):
