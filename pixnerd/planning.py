@@ -177,7 +177,9 @@ def distillation_cost(config: TrainConfig, model: PatchDenoiser) -> Frozen:
     if config.distil in ("shortcut", "meanflow"):
         passes = network_passes(taught(config)) / len(SHORTCUTS)
         if config.distil == "meanflow":
-            passes = (1 if config.teacher_guidance == 1 else 2) + 3  # with its derivative, as torch counts it, about three
+            passes = (
+                1 if config.teacher_guidance == 1 else 2
+            ) + 3  # with its derivative, as torch counts it, about three
         teacher = 4 * sum(p.numel() for p in model.parameters())
         found += Frozen(passes * cost.forward_flops(model, config.model.image_size), teacher)
     if config.distil == "fd" or config.fd_weight:
