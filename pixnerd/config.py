@@ -129,21 +129,23 @@ class TrainConfig:
     teacher_interval: tuple[float, float] | None = None
     """guide the teacher only at times strictly inside; None: at every time"""
     fd_networks: tuple[str, ...] = ("efficientnet",)
-    """whose features distil=fd compares: names or files as for `perceptual`; several distances are added"""
+    """whose features distil=fd and fd_weight compare, by names or files as `perceptual`; several distances are added"""
     fd_decay: Share = 0.999
-    """decay of the moving averages of the features' moments, for distil=fd"""
+    """decay of the moving averages of the features' moments"""
+    fd_weight: NotNegative = 0.0
+    """add this many times that distance to distil=shortcut, of the images in which its intervals end; 0: none"""
 
     # --- optimiser ---
     steps: Count = 800_000
-    """optimiser steps of the complete run; a run with decay=linear cannot be resumed with another number"""
+    """optimiser steps of the complete run; one whose learning rate decays cannot be resumed with another number"""
     batch_size: Count = 256
     """images per step, over all devices"""
     learning_rate: Positive = 1e-4
     """AdamW's learning rate after warm-up"""
     warmup_steps: Index = 0
     """steps of linear warm-up of the learning rate from 0"""
-    decay: Literal["constant", "linear"] = "constant"
-    """the learning rate after warm-up: constant, or decaying linearly to 0 at the last step"""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """the learning rate after warm-up: constant, or decaying to 0 at the last step, along a line or half a cosine"""
     betas: tuple[Share, Share] = (0.9, 0.999)
     """AdamW's betas"""
     weight_decay: NotNegative = 0.0
@@ -238,12 +240,13 @@ class TrainConfig:
             raise InputError(
                 "shard is on; distil=meanflow differentiates forward, which needs all weights in one place"
             )
-        if self.distil == "fd" and not self.fd_networks:
-            raise InputError("fd_networks is empty; distil=fd compares the features of at least one network")
-        if self.distil == "fd" and self.accumulate > 1:
-            raise InputError(
-                f"accumulate is {self.accumulate}; distil=fd needs the features of a step's images at once"
-            )
+        if self.fd_weight and self.distil != "shortcut":
+            raise InputError(f"fd_weight is {self.fd_weight}; it adds to distil=shortcut, not to {self.distil}")
+        fd = "distil=fd" if self.distil == "fd" else "fd_weight" if self.fd_weight else ""
+        if fd and not self.fd_networks:
+            raise InputError(f"fd_networks is empty; {fd} compares the features of at least one network")
+        if fd and self.accumulate > 1:
+            raise InputError(f"accumulate is {self.accumulate}; {fd} needs the features of a step's images at once")
 
     @property
     def image_sizes(self) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import cost, frozen
@@ -14,10 +15,13 @@ from .config import TrainConfig
 from .fields import PATCHES_PER_PIECE
 from .files import read_json
 from .frozen.dinov2 import PATCH
+from .frozen.network import FrozenNetwork
 from .model import PatchDenoiser
 from .model_config import Recompute, TextModelConfig
 from .sampling import network_passes
 from .text import build_network
+from .training.batches import SHORTCUTS
+from .training.distillation import LAST, taught, vectors
 
 GIB = 2**30
 CARD = 79.2  # GiB that a card sold with 80 GB reports
@@ -37,9 +41,11 @@ class Frozen:
     """an image"""
     bytes: float = 0
     """of weights on each GPU"""
+    kept: float = 0
+    """bytes an image that they save for the backward pass, where gradients pass through them"""
 
     def __add__(self, other: "Frozen") -> "Frozen":
-        return Frozen(self.flops + other.flops, self.bytes + other.bytes)
+        return Frozen(self.flops + other.flops, self.bytes + other.bytes, self.kept + other.kept)
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,8 @@ class Fit:
     images: int
     """that a GPU computes at once"""
     state: float
-    """weights, gradients, AdamW's moments, moving averages; copies of the weights in bfloat16; frozen networks"""
+    """weights, gradients, AdamW's moments, moving averages; copies of the weights in bfloat16; frozen networks, a
+    student's teacher among them"""
     kept: float
     """from the forward pass for the backward pass"""
     passing: float
@@ -91,7 +98,7 @@ class Plan:
         piece = (self.kept["none"] - self.kept["head"]) * min(images, PATCHES_PER_PIECE / tokens)
         block = (self.kept["head"] - self.kept["all"]) * images / config.model.blocks
         passing = {"none": 0.0, "head": piece, "all": max(piece, block)}[recompute]
-        kept = self.kept[recompute] * images
+        kept = (self.kept[recompute] + self.frozen.kept / GIB) * images
         return Fit(recompute, accumulate, images, state + self.frozen.bytes / GIB, kept, passing)
 
     def suggestions(self, card: float = CARD) -> list[Fit]:
@@ -128,7 +135,8 @@ def plan_run(config: TrainConfig, gpus: int = 1, num_classes: int = 1000) -> Pla
         model = build_network(config.model, num_classes, config.recompute)
     size, dtype = config.model.image_size, torch.float32 if config.precision == "float32" else torch.bfloat16
     kept = {policy: cost.saved_activation_bytes(model, size, policy, dtype) / GIB for policy in POLICIES}
-    return Plan(config, gpus, model, teacher_cost(config) + encoder_cost(config), kept)
+    others = teacher_cost(config) + encoder_cost(config) + distillation_cost(config, model)
+    return Plan(config, gpus, model, others, kept)
 
 
 def teacher_cost(config: TrainConfig) -> Frozen:
@@ -159,6 +167,45 @@ def encoder_cost(config: TrainConfig) -> Frozen:
     return Frozen(2 * computing * config.model.text_length, 2 * weights)
 
 
+def distillation_cost(config: TrainConfig, model: PatchDenoiser) -> Frozen:
+    """What a student's step takes beside its own forward and backward pass; `model` is on the meta device.
+
+    The teacher's velocities, those of its whole path for as many images as the path has intervals; MeanFlow's
+    derivative; the networks of FD-loss. Only FD-loss alone does without the teacher in memory.
+    """
+    found = Frozen()
+    if config.distil in ("shortcut", "meanflow"):
+        passes = network_passes(taught(config)) / len(SHORTCUTS)
+        if config.distil == "meanflow":
+            passes = (
+                1 if config.teacher_guidance == 1 else 2
+            ) + 3  # with its derivative, as torch counts it, about three
+        teacher = 4 * sum(p.numel() for p in model.parameters())
+        found += Frozen(passes * cost.forward_flops(model, config.model.image_size), teacher)
+    if config.distil == "fd" or config.fd_weight:
+        share = 1 if config.distil == "fd" else len(LAST) / len(SHORTCUTS)
+        for network in map(frozen.load, config.fd_networks):
+            found += features_cost(network, config.model.image_size, share)
+    return found
+
+
+def features_cost(network: FrozenNetwork, size: int, share: float) -> Frozen:
+    """What FD-loss takes of a frozen network, of which it sees this share of a step's images.
+
+    Forward, and backward to the image alone, which costs as much again.
+    """
+    kept = []
+    with FlopCounterMode(display=False) as counter:
+        for images in (1, 2):
+            storages = set()
+            x = torch.zeros(images, 3, size, size, requires_grad=True)
+            with saved_tensors_hooks(lambda tensor: storages.add(tensor.untyped_storage()) or tensor, lambda x: x):  # noqa: B023
+                vectors(network, x)
+            kept.append(sum(storage.nbytes() for storage in storages))
+    flops, weights = counter.get_total_flops() / 3, sum(p.numel() for p in network.parameters())
+    return Frozen(2 * share * flops, 4 * weights, share * (kept[1] - kept[0]))
+
+
 def memory_table(plan: Plan, card: float = CARD) -> list[list[str]]:
     """A table's titles and rows: each policy of recomputation, whether it fits a card of so many GiB."""
     titles = ["recompute", "accumulate", "images at once", "state", "kept", "computed again", "sum (GiB)", "fits"]
@@ -186,7 +233,8 @@ def advice(plan: Plan, card: float = CARD) -> str:
 def hours_line(plan: Plan, rate: float = RATE) -> str:
     """The arithmetic and the estimated hours, in one line."""
     config, full = plan.config, plan.flops() / 1e9
-    with_frozen = f", {plan.frozen.flops / 1e9:.4g} of them of frozen networks" if plan.frozen.flops else ""
+    beside = "the teacher and other frozen networks" if config.distil else "frozen networks"
+    with_frozen = f", {plan.frozen.flops / 1e9:.4g} of them of {beside}" if plan.frozen.flops else ""
     hours, evaluation = plan.hours(rate), plan.sampling_hours(rate=rate)
     return (
         f"a step: {full:.4g} GFLOP an image{with_frozen}; at {rate:.3g} FLOP/s a GPU {config.steps:,} steps take "

@@ -60,11 +60,11 @@ class Run:
             raise InputError(f"{self.folder} is a file; the output has to be a folder")
         if self.config_path.exists():
             changed = differences(self.config(), config)
-            if config.decay == "linear" and any(d.name == "steps" for d in changed):
+            if config.decay != "constant" and any(d.name == "steps" for d in changed):
                 raise InputError(
-                    f"{self.folder} was planned for {self.config().steps} steps, not {config.steps}: with decay=linear "
-                    "the learning rate of every step depends on their number, so it cannot change midway; keep it, or "
-                    f"start a new run with --start-from {self.folder}"
+                    f"{self.folder} was planned for {self.config().steps} steps, not {config.steps}: with "
+                    f"decay={config.decay} the learning rate of every step depends on their number, so it cannot "
+                    f"change midway; keep it, or start a new run with --start-from {self.folder}"
                 )
             found = [d for d in changed if d.name not in CHANGEABLE]
             if found:

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pixnerd import SIZES
+from pixnerd import SIZES, frozen
 from pixnerd.cli import main
-from pixnerd.config import TrainConfig
+from pixnerd.config import STUDENT_SAMPLING, TrainConfig
 from pixnerd.cost import forward_flops, saved_activation_bytes, step_flops
 from pixnerd.planning import GIB, advice, plan_run, teacher_cost
 from pixnerd.recipes import RECIPES
 from pixnerd.text import build_network
+from pixnerd.training.distillation import total_derivative
 
 
 def counted(size, recompute):
@@ -85,6 +86,60 @@ def test_a_teachers_size_is_that_of_the_network(tmp_path):
     assert found.bytes == 4 * sum(p.numel() for p in matrices)
     assert teacher_cost(TrainConfig(align="facebook/dinov2-base")).flops == pytest.approx(46.3e9, rel=0.01)
     assert teacher_cost(TrainConfig()).flops == 0
+
+
+def student_plan(**changes):
+    model = dataclasses.replace(SIZES["micro/8"], image_size=32)
+    settings = {"distil": "shortcut", "teacher": "runs/teacher", "model": model, "sampling": STUDENT_SAMPLING}
+    return plan_run(TrainConfig(batch_size=16, **settings | changes))
+
+
+def test_a_students_plan_has_its_teacher():
+    """Euler's 16 steps for every 16 images, guided ones twice, and a second network in memory."""
+    plain, guided = (student_plan(teacher_guidance=w, teacher_interval=(0.3, 1.0)) for w in (1.0, 3.0))
+    forward, own = forward_flops(plain.model, 32), step_flops(plain.model, 32)
+    assert plain.flops() == own + forward
+    assert guided.flops() == own + (16 + 11) / 16 * forward  # the steps that start at 5/16 … 15/16
+    weights = sum(p.numel() for p in plain.model.parameters())
+    assert plain.frozen.bytes == 4 * weights
+    assert plain.fit().state == pytest.approx((20 + 2 + 4) * weights / GIB)
+
+
+def test_a_plan_of_meanflow_has_the_derivative():
+    """As torch counts it while it happens."""
+    found = student_plan(distil="meanflow", teacher_guidance=3.0)
+    model = build_network(found.config.model, 10)
+    x, t = torch.randn(1, 3, 32, 32), torch.rand(1)
+    with FlopCounterMode(display=False) as counter:
+        total_derivative(lambda x, t, r: model(x, t, model.example_condition(), r=r), x, x, t, t)
+    forward = forward_flops(model, 32)
+    assert found.frozen.flops == pytest.approx(counter.get_total_flops() + 2 * forward, rel=0.1)
+
+
+def test_a_plan_of_fd_loss_has_its_networks_and_what_they_keep():
+    alone, added = student_plan(distil="fd"), student_plan(fd_weight=0.1)
+    network = frozen.load("efficientnet")
+    x = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        sum(of_map.sum() for of_map in network.maps(x)).backward()
+    assert alone.frozen.flops == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert alone.frozen.bytes == 4 * sum(p.numel() for p in network.parameters())  # of the student's teacher nothing
+    teacher = student_plan()
+    assert added.frozen.flops - teacher.frozen.flops == pytest.approx(5 / 16 * alone.frozen.flops)
+    assert added.frozen.kept == pytest.approx(5 / 16 * alone.frozen.kept)
+    maps = sum(of_map.numel() for of_map in network.maps(x))
+    assert alone.frozen.kept > 4 * maps  # at the least the maps that are averaged
+    assert alone.fit().kept == pytest.approx(16 * (alone.kept["head"] + alone.frozen.kept / GIB))
+
+
+@pytest.mark.parametrize(("recipe", "distil"), [("student-imagenet", "shortcut"), ("student-imagenet-fd", "fd")])
+@pytest.mark.parametrize("size", ["L/16", "XL/16"])
+def test_the_students_of_imagenet_fit_eight_cards_of_80_gb(recipe, distil, size):
+    """The teacher's guidance is the published one."""
+    guided = {"teacher_guidance": 3.5, "teacher_interval": (0.1, 1.0)}
+    config = dataclasses.replace(RECIPES[recipe], model=SIZES[size], distil=distil, teacher="runs/xl", **guided)
+    found = plan_run(config, gpus=8)
+    assert found.fit().fits(), advice(found)
 
 
 def test_the_command_needs_no_data(capsys):

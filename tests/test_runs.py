@@ -119,13 +119,14 @@ def test_settings_that_only_later_commands_read_may_change(tmp_path):
     assert run.config() == later
 
 
-def test_a_linear_decay_keeps_its_number_of_steps(tmp_path):
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+def test_a_decay_keeps_its_number_of_steps(tmp_path, decay):
     """With another one the learning rate of every step that is left would change."""
     run = Run(tmp_path / "run")
-    run.begin(TrainConfig(steps=5, decay="linear"))
-    run.begin(TrainConfig(steps=5, decay="linear", log_every=7))
-    with pytest.raises(InputError, match="was planned for 5 steps, not 9: with decay=linear .* --start-from"):
-        run.begin(TrainConfig(steps=9, decay="linear"))
+    run.begin(TrainConfig(steps=5, decay=decay))
+    run.begin(TrainConfig(steps=5, decay=decay, log_every=7))
+    with pytest.raises(InputError, match=f"was planned for 5 steps, not 9: with decay={decay} .* --start-from"):
+        run.begin(TrainConfig(steps=9, decay=decay))
     assert run.config().steps == 5
 
 

@@ -30,6 +30,7 @@ from .losses import Networks, Objective, VelocityLoss, base_resolution
 
 PATH_STEPS = 16  # of Euler, with which shortcut distillation follows its teacher; a power of 2, 8 or more
 FLAT = 1e-3  # of the mean variance of a feature: below it, FD-loss takes a direction for flat
+LAST = [place for place, (_, r) in enumerate(SHORTCUTS) if r == 1]  # the intervals of a path that end on an image
 BATCH = 64  # real images whose features FD-loss computes at a time
 MeanVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [B, …], t [B], r [B]) → u [B, …]
 
@@ -89,136 +90,7 @@ def frechet_distance(mean: Tensor, covariance: Tensor, real_mean: Tensor, real_r
     return (mean - real_mean).square().sum() + covariance.trace() + variance - 2 * trace
 
 
-# --- the objectives --------------------------------------------------------------------------------------------------
-
-
-def objective(
-    config: TrainConfig,
-    world: World,
-    dataset: ImageDataset,
-    conditions: Conditions,
-    teacher: PatchDenoiser | None,
-    resumes: bool,
-) -> Objective:
-    """What a run minimises. Raises InputError when a network that it needs is missing.
-
-    Args:
-        config: distil says which.
-        world: the processes of the run.
-        dataset: its images.
-        conditions: what its model is told.
-        teacher: the model to distil; None where nothing is.
-        resumes: whether a checkpoint brings what the objective remembers.
-    """
-    if teacher is None:
-        return VelocityLoss(config)
-    if config.distil == "fd":
-        return FrechetLoss(config, world, dataset, resumes)
-    guided = Teacher(teacher, config, conditions.nothing)
-    return ShortcutLoss(config, guided) if config.distil == "shortcut" else MeanFlowLoss(config, guided)
-
-
-class Teacher:
-    """A trained model with the guidance that is distilled; nothing of it has gradients.
-
-    Args:
-        model: the teacher.
-        config: teacher_guidance and teacher_interval are its own.
-        nothing: what stands for no condition, see Conditions.
-    """
-
-    def __init__(self, model: PatchDenoiser, config: TrainConfig, nothing: Tensor):
-        self.model, self.nothing = model.eval().requires_grad_(False), nothing
-        self.sampling = SamplingConfig(PATH_STEPS, guidance=config.teacher_guidance, interval=config.teacher_interval)
-
-    def path(self, noise: Tensor, condition: Tensor, base_resolution: tuple[int, int] | None) -> Tensor:
-        """The path from noise [G, C, H, W] to images, at even times from 0 to 1: [PATH_STEPS + 1, G, C, H, W].
-
-        In float32: what bfloat16 rounds would stay on the path, and the student would learn it.
-        """
-        options = {"unconditional": self.nothing, "noise": noise, "base_resolution": base_resolution}
-        with torch.autocast(noise.device.type, enabled=False):
-            states = trajectory(self.model, condition, self.sampling, **options)
-            return torch.stack([noise, *(state.x for state in states)])
-
-    @torch.no_grad()
-    def velocity(self, x: Tensor, t: Tensor, condition: Tensor, base_resolution: tuple[int, int] | None) -> Tensor:
-        """v_u + w·(v_c − v_u) where t lies inside the interval, else v_c; x [B, C, H, W], t [B] → [B, C, H, W].
-
-        In float32, as the path.
-        """
-        w, interval = self.sampling.guidance, self.sampling.interval
-        nothing = self.nothing.to(condition).expand_as(condition)
-        with torch.autocast(x.device.type, enabled=False):
-            given = self.model(x, t, condition, base_resolution)
-            guided = given if w == 1 else torch.lerp(self.model(x, t, nothing, base_resolution), given, w)
-        if interval is None:
-            return guided
-        return torch.where(along((interval[0] < t) & (t < interval[1]), x), guided, given)
-
-
-class ShortcutLoss(Objective):
-    """Two half steps are one step, on the teacher's own paths, from its steps up to the one step of the whole path.
-
-    Consecutive images of a batch, as many as SHORTCUTS, are the intervals of one path, which starts at the noise of the
-    first and is told what that is told. The data's images are not used. An error of u counts times the interval's
-    length, so that the errors of all steps from noise to image count alike, however many there are.
-    """
-
-    def __init__(self, config: TrainConfig, teacher: Teacher):
-        self.teacher, self.base_resolution, self.asked = teacher, base_resolution(config), (teacher.model,)
-
-    def __call__(self, networks: Networks, part: Batch, tap: int | None) -> FlowLoss:
-        group = len(SHORTCUTS)
-        condition = part.condition[::group]  # [G, …]: one for each path
-        x, target = self.intervals(part.noise[::group], condition)
-        condition = condition.repeat_interleave(group, 0)
-        return regression(networks.trained, x, target, part._replace(condition=condition), self.base_resolution)
-
-    def intervals(self, noise: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Where each interval starts, x_t, and its mean velocity, both [B, C, H, W], path by path.
-
-        noise [G, C, H, W] and condition [G, …] of the paths.
-        """
-        path = self.teacher.path(noise, condition, self.base_resolution)  # [S + 1, G, C, H, W]
-        steps = len(path) - 1
-        means = {1 / steps: (path[1:] - path[:-1]) * steps}  # by length of the intervals; first the teacher's steps
-        while (length := max(means)) < 1:
-            means[2 * length] = twice_as_long(means[length])
-        x = [path[round(t * steps)] for t, _ in SHORTCUTS]
-        u = [means[r - t][round(t / (r - t))] for t, r in SHORTCUTS]
-        return torch.stack(x, 1).flatten(0, 1), torch.stack(u, 1).flatten(0, 1)
-
-
-class MeanFlowLoss(Objective):
-    """u − (r − t)·du/dt is the teacher's velocity, where du/dt has no gradient."""
-
-    def __init__(self, config: TrainConfig, teacher: Teacher):
-        self.teacher, self.base_resolution, self.asked = teacher, base_resolution(config), (teacher.model,)
-
-    def __call__(self, networks: Networks, part: Batch, tap: int | None) -> FlowLoss:
-        x = flow.interpolate(part.image, part.noise, part.t)
-        v = self.teacher.velocity(x, part.t, part.condition, self.base_resolution)
-
-        def u(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-            return networks.bare(x, t, part.condition, self.base_resolution, r=r)
-
-        target = mean_velocity(u, v, x, part.t, part.r)
-        return regression(networks.trained, x, target, part, self.base_resolution)
-
-
-def regression(
-    network: nn.Module, x: Tensor, target: Tensor, part: Batch, base_resolution: tuple[int, int] | None
-) -> FlowLoss:
-    """The mean squared error of u(x_t, t, r) against a target, both [B, C, H, W], times the interval's length.
-
-    n steps from noise to image err by the sum of (r − t)·error, whose square is about (r − t) times that of one error:
-    so weighted, a path counts the same in however many steps. For a model that predicts the image see flow.bounded.
-    """
-    u = network(x, part.t, part.condition, base_resolution, r=part.r)
-    error = flow.bounded(u - target, part.t, network.config.prediction)
-    per_image = flow.mean_square(error) * (part.r - part.t)  # [B]
-    return FlowLoss(per_image.mean(), per_image.detach(), flow.clean_image(x, u, part.t))
+# --- distances of features -------------------------------------------------------------------------------------------
 
 
 class FeatureMoments(nn.Module):
@@ -266,8 +138,8 @@ class FeatureMoments(nn.Module):
         self.steps += 1
 
 
-class FrechetLoss(Objective):
-    """The Fréchet distance between one-step images and the data in features of frozen networks, summed over networks.
+class FeatureDistances:
+    """The Fréchet distances between images and the data in features of frozen networks, summed over networks.
 
     Each is divided by the total variance of the data's features, so that networks of any scale count alike. The moments
     of the images are moving averages; gradients pass through the share of the batch, as if it were all of them.
@@ -277,25 +149,25 @@ class FrechetLoss(Objective):
     """
 
     def __init__(self, config: TrainConfig, world: World, dataset: ImageDataset, resumes: bool):
-        self.world, self.base_resolution, self.decay = world, base_resolution(config), config.fd_decay
+        self.world, self.decay = world, config.fd_decay
         self.networks = [frozen.load(name, world.device) for name in config.fd_networks]
         blank = torch.zeros(1, dataset.channels, *(config.model.image_size,) * 2, device=world.device)
         features = [vectors(network, blank).shape[1] for network in self.networks]
-        self.kept = nn.ModuleList(FeatureMoments(count, world.device) for count in features)
+        self.moments = nn.ModuleList(FeatureMoments(count, world.device) for count in features)
         if not resumes:  # else the checkpoint has them
-            for network, moments in zip(self.networks, self.kept, strict=True):
+            for network, moments in zip(self.networks, self.moments, strict=True):
                 moments.set_real(*real_moments(network, dataset, world))
 
-    def __call__(self, networks: Networks, part: Batch, tap: int | None) -> FlowLoss:
-        u = networks.trained(part.noise, part.t, part.condition, self.base_resolution, r=part.r)
-        images = flow.clean_image(part.noise, u, part.t)  # [B, C, H, W]
+    def __call__(self, images: Tensor) -> Tensor:
+        """0-dim, float64; images [B, C, H, W] in about [−1, 1]."""
         total = images.new_zeros((), dtype=torch.float64)
-        for network, moments in zip(self.networks, self.kept, strict=True):
+        for network, moments in zip(self.networks, self.moments, strict=True):
             total = total + moments.distance(vectors(network, images), self.decay, self.world)
-        return FlowLoss(total, total.detach().expand(len(images)), images)
+        return total
 
-    def updated(self) -> None:
-        for moments in self.kept:
+    def move(self) -> None:
+        """Move the averages to where the last images put them."""
+        for moments in self.moments:
             moments.move()
 
 
@@ -313,3 +185,171 @@ def real_moments(network: FrozenNetwork, dataset: ImageDataset, world: World) ->
     batches = ((start, dataset.batch(range(start, min(start + BATCH, count)))[0]) for start in starts)
     found = collect(lambda pixels: {"maps": vectors(network, data.to_float(pixels))}, batches, count, world, keep=0)
     return found.gaussians["maps"]
+
+
+# --- the objectives --------------------------------------------------------------------------------------------------
+
+
+def objective(
+    config: TrainConfig,
+    world: World,
+    dataset: ImageDataset,
+    conditions: Conditions,
+    teacher: PatchDenoiser | None,
+    resumes: bool,
+) -> Objective:
+    """What a run minimises. Raises InputError when a network that it needs is missing.
+
+    Args:
+        config: distil says which.
+        world: the processes of the run.
+        dataset: its images.
+        conditions: what its model is told.
+        teacher: the model to distil; None where nothing is.
+        resumes: whether a checkpoint brings what the objective remembers.
+    """
+    if teacher is None:
+        return VelocityLoss(config)
+    measured = config.distil == "fd" or config.fd_weight
+    distances = FeatureDistances(config, world, dataset, resumes) if measured else None
+    if config.distil == "fd":
+        return FrechetLoss(config, distances)
+    guided = Teacher(teacher, config, conditions.nothing)
+    return MeanFlowLoss(config, guided) if config.distil == "meanflow" else ShortcutLoss(config, guided, distances)
+
+
+def taught(config: TrainConfig) -> SamplingConfig:
+    """How shortcut distillation follows its teacher, with the guidance that is distilled."""
+    return SamplingConfig(PATH_STEPS, guidance=config.teacher_guidance, interval=config.teacher_interval)
+
+
+class Teacher:
+    """A trained model with the guidance that is distilled; nothing of it has gradients.
+
+    Args:
+        model: the teacher.
+        config: teacher_guidance and teacher_interval are its own.
+        nothing: what stands for no condition, see Conditions.
+    """
+
+    def __init__(self, model: PatchDenoiser, config: TrainConfig, nothing: Tensor):
+        self.model, self.nothing = model.eval().requires_grad_(False), nothing
+        self.sampling = taught(config)
+
+    def path(self, noise: Tensor, condition: Tensor, base_resolution: tuple[int, int] | None) -> Tensor:
+        """The path from noise [G, C, H, W] to images, at even times from 0 to 1: [PATH_STEPS + 1, G, C, H, W].
+
+        In float32: what bfloat16 rounds would stay on the path, and the student would learn it.
+        """
+        options = {"unconditional": self.nothing, "noise": noise, "base_resolution": base_resolution}
+        with torch.autocast(noise.device.type, enabled=False):
+            states = trajectory(self.model, condition, self.sampling, **options)
+            return torch.stack([noise, *(state.x for state in states)])
+
+    @torch.no_grad()
+    def velocity(self, x: Tensor, t: Tensor, condition: Tensor, base_resolution: tuple[int, int] | None) -> Tensor:
+        """v_u + w·(v_c − v_u) where t lies inside the interval, else v_c; x [B, C, H, W], t [B] → [B, C, H, W].
+
+        In float32, as the path.
+        """
+        w, interval = self.sampling.guidance, self.sampling.interval
+        nothing = self.nothing.to(condition).expand_as(condition)
+        with torch.autocast(x.device.type, enabled=False):
+            given = self.model(x, t, condition, base_resolution)
+            guided = given if w == 1 else torch.lerp(self.model(x, t, nothing, base_resolution), given, w)
+        if interval is None:
+            return guided
+        return torch.where(along((interval[0] < t) & (t < interval[1]), x), guided, given)
+
+
+class ShortcutLoss(Objective):
+    """Two half steps are one step, on the teacher's own paths, from its steps up to the one step of the whole path.
+
+    Consecutive images of a batch, as many as SHORTCUTS, are the intervals of one path, which starts at the noise of the
+    first and is told what that is told. The data's images are not used. An error of u counts times the interval's
+    length, so that the errors of all steps from noise to image count alike, however many there are.
+
+    With fd_weight, the images in which paths end, in 1, 2, 4 and 8 steps, also have FD-loss: the teacher says which
+    image, the data how sharp.
+    """
+
+    def __init__(self, config: TrainConfig, teacher: Teacher, distances: FeatureDistances | None = None):
+        self.teacher, self.base_resolution, self.asked = teacher, base_resolution(config), (teacher.model,)
+        self.distances, self.weight = distances, config.fd_weight
+        self.kept = distances.moments if distances else None
+
+    def __call__(self, networks: Networks, part: Batch, tap: int | None) -> FlowLoss:
+        group = len(SHORTCUTS)
+        condition = part.condition[::group]  # [G, …]: one for each path
+        x, target = self.intervals(part.noise[::group], condition)
+        condition = condition.repeat_interleave(group, 0)
+        found = regression(networks.trained, x, target, part._replace(condition=condition), self.base_resolution)
+        if self.distances is None:
+            return found
+        images = found.clean.unflatten(0, (-1, group))[:, LAST].flatten(0, 1)
+        return found._replace(mean=found.mean + self.weight * self.distances(images))
+
+    def updated(self) -> None:
+        if self.distances is not None:
+            self.distances.move()
+
+    def intervals(self, noise: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each interval starts, x_t, and its mean velocity, both [B, C, H, W], path by path.
+
+        noise [G, C, H, W] and condition [G, …] of the paths.
+        """
+        path = self.teacher.path(noise, condition, self.base_resolution)  # [S + 1, G, C, H, W]
+        steps = len(path) - 1
+        means = {1 / steps: (path[1:] - path[:-1]) * steps}  # by length of the intervals; first the teacher's steps
+        while (length := max(means)) < 1:
+            means[2 * length] = twice_as_long(means[length])
+        x = [path[round(t * steps)] for t, _ in SHORTCUTS]
+        u = [means[r - t][round(t / (r - t))] for t, r in SHORTCUTS]
+        return torch.stack(x, 1).flatten(0, 1), torch.stack(u, 1).flatten(0, 1)
+
+
+class MeanFlowLoss(Objective):
+    """u − (r − t)·du/dt is the teacher's velocity, where du/dt has no gradient."""
+
+    def __init__(self, config: TrainConfig, teacher: Teacher):
+        self.teacher, self.base_resolution, self.asked = teacher, base_resolution(config), (teacher.model,)
+
+    def __call__(self, networks: Networks, part: Batch, tap: int | None) -> FlowLoss:
+        x = flow.interpolate(part.image, part.noise, part.t)
+        v = self.teacher.velocity(x, part.t, part.condition, self.base_resolution)
+
+        def u(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            return networks.bare(x, t, part.condition, self.base_resolution, r=r)
+
+        target = mean_velocity(u, v, x, part.t, part.r)
+        return regression(networks.trained, x, target, part, self.base_resolution)
+
+
+def regression(
+    network: nn.Module, x: Tensor, target: Tensor, part: Batch, base_resolution: tuple[int, int] | None
+) -> FlowLoss:
+    """The mean squared error of u(x_t, t, r) against a target, both [B, C, H, W], times the interval's length.
+
+    n steps from noise to image err by the sum of (r − t)·error, whose square is about (r − t) times that of one error:
+    so weighted, a path counts the same in however many steps. For a model that predicts the image see flow.bounded.
+    """
+    u = network(x, part.t, part.condition, base_resolution, r=part.r)
+    error = flow.bounded(u - target, part.t, network.config.prediction)
+    per_image = flow.mean_square(error) * (part.r - part.t)  # [B]
+    return FlowLoss(per_image.mean(), per_image.detach(), flow.clean_image(x, u, part.t))
+
+
+class FrechetLoss(Objective):
+    """The Fréchet distance between one-step images and the data, see FeatureDistances."""
+
+    def __init__(self, config: TrainConfig, distances: FeatureDistances):
+        self.base_resolution, self.distances, self.kept = base_resolution(config), distances, distances.moments
+
+    def __call__(self, networks: Networks, part: Batch, tap: int | None) -> FlowLoss:
+        u = networks.trained(part.noise, part.t, part.condition, self.base_resolution, r=part.r)
+        images = flow.clean_image(part.noise, u, part.t)  # [B, C, H, W]
+        total = self.distances(images)
+        return FlowLoss(total, total.detach().expand(len(images)), images)
+
+    def updated(self) -> None:
+        self.distances.move()

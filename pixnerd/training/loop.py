@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -432,7 +433,9 @@ def update_weights(job: Job, state: TrainingState) -> float:
 def learning_rate(config: TrainConfig, step: int) -> float:
     """The learning rate of `step`, 0 … steps − 1."""
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    return config.learning_rate * warm * (1 - step / config.steps if config.decay == "linear" else 1.0)
+    left = 1 - step / config.steps
+    shapes = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
+    return config.learning_rate * warm * shapes[config.decay]
 
 
 @torch.no_grad()

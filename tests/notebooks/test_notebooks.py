@@ -18,10 +18,12 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 
-from pixnerd import ModelConfig, planning
+from pixnerd import SIZES, ModelConfig, planning
 from pixnerd.cli import parse
 from pixnerd.explore.explorer import Explorer
+from pixnerd.model_source import student_config
 from pixnerd.recipes import RECIPES
+from pixnerd.runs import Run
 from pixnerd.training import TrainConfig, train
 
 from . import diagrams, links, widgets
@@ -416,6 +418,8 @@ def test_the_published_imagenet_commands_are_the_published_recipe(monkeypatch, t
     introduction = "".join(cell.source for cell in cells(path, "markdown"))
     names = yaml.safe_load(re.search(r"-y '\n(.+?)'\n```", introduction, re.DOTALL)[1])
     assert names.keys() == declared(path)
+    changes = re.findall(r"\n```\n(out: .+?)```", introduction, re.DOTALL)
+    students = [names | yaml.safe_load(change) for change in changes]
     for part in ("from pixnerd.cli import parse", "config = parse("):
         (source,) = (cell.source for cell in cells(path, "code") if part in cell.source)
         exec(source, names)
@@ -425,6 +429,34 @@ def test_the_published_imagenet_commands_are_the_published_recipe(monkeypatch, t
     assert planning.plan_run(published, names["gpus"]).fit().fits()
     lines = re.findall(r"-m pixnerd (train .+?)\n```", introduction.replace("\\\n", ""), re.DOTALL)
     assert [parse(shlex.split(line)).config for line in lines] == [published, published]
+    Run("runs/imagenet-256").begin(published)
+    ways = {"student-imagenet": "shortcut", "student-imagenet-fd": "fd"}
+    for changed, (recipe, way) in zip(students, ways.items(), strict=True):
+        assert changed.keys() == declared(path)
+        (source,) = (cell.source for cell in cells(path, "code") if "config = parse(" in cell.source)
+        exec(source, changed := names | changed)
+        places = {name: changed[name] for name in ("out", "start_from")}
+        expected = student_config("runs/imagenet-256", RECIPES[recipe], distil=way, **places)
+        assert changed["config"] == expected
+        assert planning.plan_run(expected, names["gpus"]).fit().fits()
+
+
+def test_a_student_is_rehearsed(tmp_path):
+    """Its teacher is a rehearsal of its own; both ways that the introduction names."""
+    path, teacher = ROOT / "notebooks/scale/train_imagenet.ipynb", tmp_path / "teacher"
+    model = dataclasses.replace(SIZES["nano/8"], image_size=32)
+    list(
+        train(TrainConfig(out=str(teacher), data="synthetic", model=model, steps=1, batch_size=2), torch.device("cpu"))
+    )
+    given = {"teacher": str(teacher), "batch_size": 16, "steps": 2, "preview": False, "classes": [3]}
+    for way in ("shortcut", "fd"):
+        recipe = {"shortcut": "student-imagenet", "fd": "student-imagenet-fd"}[way]
+        parameters = given | {"recipe": recipe, "distil": way, "out": str(tmp_path / way)}
+        executed = papermill.execute_notebook(path, tmp_path / path.name, parameters, cwd=tmp_path)
+        assert "of the teacher and other frozen networks" in str(executed)
+        config = Run(tmp_path / way).config()
+        assert (config.distil, config.teacher) == (way, f"{teacher}@1")
+        assert json.loads((tmp_path / way / "done.json").read_text())["steps"] == 2
 
 
 @pytest.mark.parametrize(

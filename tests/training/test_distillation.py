@@ -255,6 +255,37 @@ def test_fd_loss_is_least_for_the_right_gaussian():
         assert slopes[1].item() == pytest.approx(2 * (shift - MEAN) / DEVIATION**2, abs=1e-3)
 
 
+def test_shortcut_loss_with_fd_measures_the_images_in_which_paths_end(teacher):
+    """Those of the intervals up to t = 1, of one to eight steps; the moments move with an update."""
+
+    class Seen:
+        moments, moved = nn.ModuleList(), 0
+
+        def __call__(self, images):
+            self.images = images
+            return images.mean()
+
+        def move(self):
+            self.moved += 1
+
+    batch, seen = batch_of(32), Seen()
+    loss = ShortcutLoss(student_of("t", fd_weight=10.0), teacher, seen)
+    exact = Exact()
+    found = loss(Networks(exact, exact), batch, None)
+    noise = batch.noise[:: len(SHORTCUTS)]
+    ends = exact_map(noise, torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
+    assert len(seen.images) == 2 * 5  # the whole path twice, and the last step of 2, 4 and 8
+    assert (seen.images - ends.repeat_interleave(5, 0)).abs().max() < 0.2  # Euler's error in where a step begins
+    plain = ShortcutLoss(student_of("t"), teacher)(Networks(exact, exact), batch, None)
+    torch.testing.assert_close(found.mean, plain.mean + 10 * seen.images.mean())
+    torch.testing.assert_close(found.per_image, plain.per_image)
+    (gradient,) = torch.autograd.grad(found.mean - plain.mean, exact.error)
+    lengths = torch.tensor([1 - t for t, r in SHORTCUTS if r == 1])
+    assert gradient.item() == pytest.approx(10 * lengths.mean().item())
+    loss.updated()
+    assert seen.moved == 1
+
+
 def test_moments_are_plain_means_first_and_moving_averages_then():
     moments, seen = FeatureMoments(2, CPU), []
     moments.real_root.copy_(torch.eye(2))
@@ -325,18 +356,22 @@ def test_a_student_begins_as_its_teacher(trained):
     assert tokens.equal(model(x, t, labels, tap=1)[1])
 
 
-@pytest.mark.parametrize("distil", ["shortcut", "meanflow", "fd"])
-def test_a_student_is_trained_resumed_and_sampled(trained, tmp_path, distil):
-    straight = [float(r.loss) for r in train(student_for(trained, tmp_path / "straight", distil), CPU)]
-    losses = []
+@pytest.mark.parametrize(
+    ("distil", "fd_weight"), [("shortcut", 0.0), ("meanflow", 0.0), ("fd", 0.0), ("shortcut", 0.1)]
+)
+def test_a_student_is_trained_resumed_and_sampled(trained, tmp_path, distil, fd_weight):
+    straight, resumed = (
+        student_for(trained, tmp_path / name, distil, fd_weight=fd_weight) for name in ("straight", "resumed")
+    )
+    losses, expected = [], [float(r.loss) for r in train(straight, CPU)]
     for stop in (7, None):
-        for record in train(student_for(trained, tmp_path / "resumed", distil), CPU):
+        for record in train(resumed, CPU):
             losses.append(float(record.loss))
             if record.step == stop:
                 break
-    assert losses == straight
+    assert losses == expected
     assert final_files(tmp_path / "resumed") == final_files(tmp_path / "straight")
-    if distil == "fd":  # what it remembers moved with every update
+    if distil == "fd" or fd_weight:  # what it remembers moved with every update
         moments = load_file(tmp_path / "straight/checkpoints/step-12/moments.safetensors")
         assert moments["0.steps"] == 12
     config = Run(tmp_path / "straight").config()
@@ -394,6 +429,8 @@ def test_what_is_no_teacher_is_refused(trained, tmp_path):
         ({"teacher_interval": (0.5, 0.2)}, r"teacher_interval is \(0.5, 0.2\)"),
         ({"distil": "fd", "fd_networks": ()}, "fd_networks is empty"),
         ({"distil": "fd", "accumulate": 2}, "accumulate is 2; distil=fd needs"),
+        ({"fd_weight": 0.1, "accumulate": 2}, "accumulate is 2; fd_weight needs"),
+        ({"fd_weight": 0.1, "distil": "meanflow"}, "fd_weight is 0.1; it adds to distil=shortcut, not to meanflow"),
         ({"distil": "meanflow", "shard": True}, "shard is on; distil=meanflow"),
         ({"sampling": SamplingConfig()}, "sampling.solver is 'euler'; a student is sampled with map"),
     ):

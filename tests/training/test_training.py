@@ -357,6 +357,9 @@ def test_a_run_without_recorded_classes_goes_on_unless_their_number_changed(tmp_
 def test_learning_rate_schedule():
     config = config_for("unused", learning_rate=2.0, warmup_steps=4, steps=10, decay="linear")
     assert [training.learning_rate(config, step) for step in (0, 1, 5, 9)] == pytest.approx([0.5, 0.9, 1.0, 0.2])
+    cosine = dataclasses.replace(config, decay="cosine", warmup_steps=0, steps=6)
+    expected = [2.0, 1 + 0.75**0.5, 1.5, 1.0, 0.5, 1 - 0.75**0.5]
+    assert [training.learning_rate(cosine, step) for step in range(6)] == pytest.approx(expected)
     constant = dataclasses.replace(config, decay="constant", warmup_steps=0)
     assert {training.learning_rate(constant, step) for step in range(10)} == {2.0}
 
