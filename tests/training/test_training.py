@@ -19,9 +19,10 @@ from pixnerd import InputError, ModelConfig, data, flow, load, plots, training
 from pixnerd.checkpoints import newest_checkpoint
 from pixnerd.conditions import Labels, training_conditions
 from pixnerd.cost import forward_flops
-from pixnerd.distributed import World
+from pixnerd.distributed import ALONE, World
 from pixnerd.errors import WriteError
 from pixnerd.model import PixNerd
+from pixnerd.plain import network
 from pixnerd.randomness import Purpose, derived_seed, normal, permuted, random_bits
 from pixnerd.runs import Run
 from pixnerd.text import TextModelConfig
@@ -29,8 +30,7 @@ from pixnerd.training import NonFiniteLoss, TrainConfig, draw_step, step_indices
 from pixnerd.training.batches import step_batches
 from pixnerd.training.loop import Job, build_models
 from pixnerd.training.losses import VelocityLoss
-
-from ..plain import network
+from pixnerd.training.meters import LossWindow, StepPart
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(width=16, heads=2, blocks=1, patch_size=8, image_size=16, field_width=4, field_blocks=1)
@@ -417,6 +417,21 @@ def test_log_holds_the_mean_loss_and_the_loss_by_t(tmp_path, straight):
     total = sum(float(n) * (entry or 0) for n, entry in zip(counts, by_t, strict=True))
     assert total / 32 == pytest.approx(log[0]["loss"], rel=1e-4)
     assert all(entry["images_per_second"] > 0 for entry in log)
+
+
+def test_a_window_means_every_tenth_of_t_and_only_counts_skipped_steps():
+    window = LossWindow()
+    steps = ((1.0, [0.05, 1.0]), (1 / 3, [0.0, 0.95]), (math.nan, [0.5, 0.5]), (math.nan, [0.5, 0.5]))
+    for loss, t in steps:
+        part = StepPart(torch.tensor([loss, loss + 1]), {"repa": torch.tensor(2 * loss)})
+        window.add_step(torch.tensor(loss), torch.tensor(3 * loss), [part], torch.tensor(t))
+        if math.isnan(loss):
+            window.skip_step()
+    assert (window.steps, window.skipped) == (4, 2)
+    found = window.summary(ALONE)
+    assert found.pop("loss_by_t") == [0.666667, *[None] * 8, 1.666667]  # t = 1 belongs to the last tenth
+    known = {"loss": 2 / 3, "gradient_norm": 2.0, "largest_gradient_norm": 3.0, "repa": 4 / 3}
+    assert found == pytest.approx(known, rel=1e-6)
 
 
 def test_non_finite_loss_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
