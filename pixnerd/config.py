@@ -13,7 +13,16 @@ from . import averages, frozen
 from .checks import Count, Index, NotNegative, Positive, Share, check_fields
 from .data import NAMES as DATA_SET_NAMES
 from .errors import InputError
-from .model_config import SIZES, ModelConfig, Recompute, TextModelConfig, check_resolution, model_config
+from .model_config import (
+    SIZES,
+    FieldKernel,
+    ModelConfig,
+    Recompute,
+    TextModelConfig,
+    check_fused,
+    check_resolution,
+    model_config,
+)
 from .solvers import SOLVERS, STUDENT_SOLVER
 
 
@@ -190,6 +199,9 @@ class TrainConfig:
     """torch.compile for every block and the field; auto: only on a GPU, since a CPU takes half a minute to compile"""
     recompute: Recompute = "head"
     """what the backward pass recomputes instead of storing"""
+    field_kernel: FieldKernel = "torch"
+    """what computes the field's blocks: torch, operator by operator, or fused, one kernel with less traffic of memory
+    for NVIDIA GPUs; torch is the default until fused has been timed on one"""
     accumulate: Count = 1
     """number of parts in which a device processes its share of a batch; saves memory, changes only rounding"""
     shard: bool = False
@@ -220,6 +232,8 @@ class TrainConfig:
             raise InputError(f"JPEG quality is {self.frequency_quality}; it has to be a whole number from 1 to 100")
         self.average_decays(1)  # knows each width
         self._check_distillation()
+        if self.field_kernel == "fused":
+            check_fused(self.model)
         for size in self.decode_sizes:
             check_resolution(self.model, (size, size), (self.model.image_size,) * 2)
 
@@ -239,6 +253,10 @@ class TrainConfig:
         if self.distil == "meanflow" and self.shard:
             raise InputError(
                 "shard is on; distil=meanflow differentiates forward, which needs all weights in one place"
+            )
+        if self.distil == "meanflow" and self.field_kernel == "fused":
+            raise InputError(
+                "field_kernel is fused; distil=meanflow differentiates forward, which the kernel cannot: use torch"
             )
         if self.fd_weight and self.distil != "shortcut":
             raise InputError(f"fd_weight is {self.fd_weight}; it adds to distil=shortcut, not to {self.distil}")

@@ -21,7 +21,7 @@ from . import flow
 from .encodings import coordinate_table
 from .layers import rotary_table
 from .model import PatchDenoiser
-from .model_config import Recompute
+from .model_config import ModelConfig, Recompute
 
 MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}  # large enough to reach the device's full speed
 COPIED = {"cuda": 2**30, "cpu": 2**28}  # bytes, more than any cache holds
@@ -53,6 +53,7 @@ def step_flops(model: PatchDenoiser, size: int, recompute: Recompute | None = No
         model(x, t, model.example_condition(), None if base == (size, size) else base)
     counts, name = counter.get_flop_counts(), type(model).__name__
     head = sum(counts[f"{name}.head"].values()) if f"{name}.head" in counts else 0
+    head -= sum(sum(c.values()) for module, c in counts.items() if module.endswith(".generator"))  # its output is kept
     blocks = sum(sum(counts[f"{name}.blocks.{number}"].values()) for number in range(model.config.blocks))
     again = {"none": 0, "head": head, "all": head + blocks}[recompute or model.recompute]
     return 3 * counter.get_total_flops() + again
@@ -83,6 +84,14 @@ def copy_rate(device: torch.device) -> float:
         target.copy_(source)
         best = min(best, timer() - begin)
     return 2 * source.nbytes / best
+
+
+def generated_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of the fields' generated weights for one image of config.image_size pixels, and of their gradients."""
+    if config.head != "field" or config.field_weights != "generated":
+        return 0  # a shared field's vectors are negligible
+    patches = (config.image_size // config.patch_size) ** 2
+    return patches * config.field_blocks * 2 * config.field_ratio * config.field_width**2 * dtype.itemsize
 
 
 def state_bytes(model: PatchDenoiser, averages: int = 1, shards: int = 1) -> int:

@@ -8,6 +8,7 @@ Dimension letters: M patches (of all images of a batch), K pixels of a patch (ro
 transformer, W width of the field, R = ratio · W its hidden width, F = 64 features of the coordinate encoding.
 """
 
+import functools
 import math
 
 import torch
@@ -18,11 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from .encodings import Encoding, coordinate_table, encoding_features
 from .encodings import dct_encoding as dct_encoding
 from .encodings import sincos_encoding as sincos_encoding
-from .layers import OutputLinear, RMSNorm, at_least_float32, modulate
-from .model_config import FieldWeights, WeightNorm
+from .layers import L2_EPS, OutputLinear, RMSNorm, at_least_float32, modulate
+from .model_config import FieldKernel, FieldWeights, WeightNorm
 
 PATCHES_PER_PIECE = 1024  # the backward pass recomputes the field of this many patches at a time
-L2_EPS = 1e-12
 
 
 def unit_fan_in(weight: Tensor) -> Tensor:
@@ -34,15 +34,27 @@ def unit_fan_in(weight: Tensor) -> Tensor:
 class FieldBlock(nn.Module):
     """h += W₂ᵀ·SiLU(W₁ᵀ·RMSNorm(h)) for each pixel, with W₁ [W, R] and W₂ [R, W] generated per patch."""
 
-    def __init__(self, condition_width: int, width: int, ratio: int, weight_norm: WeightNorm):
+    def __init__(
+        self, condition_width: int, width: int, ratio: int, weight_norm: WeightNorm, kernel: FieldKernel = "torch"
+    ):
         super().__init__()
-        self.width, self.hidden, self.weight_norm = width, ratio * width, weight_norm
+        self.width, self.hidden, self.weight_norm, self.kernel = width, ratio * width, weight_norm, kernel
+        if kernel == "fused":
+            from . import fused as fused  # its operators are known, and counted, from here on; needs Triton
         self.generator = nn.Linear(condition_width, 2 * width * self.hidden)
         self.norm = RMSNorm(width)
 
     def weights(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """W₁ [M, W, R] and W₂ [M, R, W] of the patches with conditions s [M, D]."""
-        fc1, fc2 = self.generator(s).chunk(2, dim=-1)  # [M, W·R] each
+        return self.matrices(self.generate(s))
+
+    def generate(self, s: Tensor) -> Tensor:
+        """The weights of every patch's network. s [M, D] → [M, 2·W·R], W₁ before W₂."""
+        return self.generator(s)
+
+    def matrices(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """W₁ [M, W, R] and W₂ [M, R, W] as they multiply, from what `generate` gave."""
+        fc1, fc2 = weights.chunk(2, dim=-1)  # [M, W·R] each
         fc1 = fc1.unflatten(-1, (self.width, self.hidden))  # [M, W, R]
         fc2 = fc2.unflatten(-1, (self.hidden, self.width))  # [M, R, W]
         if self.weight_norm != "none":
@@ -53,7 +65,15 @@ class FieldBlock(nn.Module):
 
     def forward(self, h: Tensor, s: Tensor) -> Tensor:
         """h [M, K, W] pixels' features, s [M, D] patches' conditions → [M, K, W]."""
-        fc1, fc2 = self.weights(s)
+        return self.field(h, self.generate(s))
+
+    def field(self, h: Tensor, weights: Tensor) -> Tensor:
+        """h [M, K, W] and weights from `generate` → [M, K, W]."""
+        if self.kernel == "fused":
+            from .fused import field_block
+
+            return field_block(h, weights, self.norm.weight, self.weight_norm)
+        fc1, fc2 = self.matrices(weights)
         return torch.baddbmm(h, F.silu(torch.bmm(self.norm(h), fc1)), fc2)
 
 
@@ -75,14 +95,23 @@ class SharedFieldBlock(nn.Module):
 
     def forward(self, h: Tensor, s: Tensor) -> Tensor:
         """h [M, K, W] pixels' features, s [M, D] patches' conditions → [M, K, W]."""
-        shift, scale, gate = self.modulation(s)[:, None].chunk(3, dim=-1)  # [M, 1, W] each
+        return self.field(h, self.generate(s))
+
+    def generate(self, s: Tensor) -> Tensor:
+        """All that the network knows of a patch. s [M, D] → α, β and γ, [M, 3·W]."""
+        return self.modulation(s)
+
+    def field(self, h: Tensor, vectors: Tensor) -> Tensor:
+        """h [M, K, W] and vectors from `generate` → [M, K, W]."""
+        shift, scale, gate = vectors[:, None].chunk(3, dim=-1)  # [M, 1, W] each
         return torch.addcmul(h, gate, self.fc2(F.silu(self.fc1(modulate(self.norm(h), shift, scale)))))
 
 
 class NeuralFieldHead(nn.Module):
     """Per pixel: concat(noisy values, coordinate encoding) → shared Linear → field blocks → RMSNorm → shared Linear.
 
-    The last Linear starts at zero, so an untrained model predicts zero. For the switches see ModelConfig.
+    The last Linear starts at zero, so an untrained model predicts zero. For the switches see ModelConfig; `kernel` is
+    PatchDenoiser's field_kernel.
     """
 
     def __init__(
@@ -97,46 +126,46 @@ class NeuralFieldHead(nn.Module):
         output_norm: bool = True,
         field_weights: FieldWeights = "generated",
         field_pixels: bool = True,
+        kernel: FieldKernel = "torch",
     ):
         super().__init__()
         self.values, self.encoding = channels if field_pixels else 0, encoding
         self.embed = nn.Linear(self.values + encoding_features(encoding), width)
         if field_weights == "generated":
-            made = (FieldBlock(condition_width, width, ratio, weight_norm) for _ in range(blocks))
+            made = (FieldBlock(condition_width, width, ratio, weight_norm, kernel) for _ in range(blocks))
         else:
             made = (SharedFieldBlock(condition_width, width, ratio) for _ in range(blocks))
         self.blocks = nn.ModuleList(made)
         self.norm = RMSNorm(width) if output_norm else nn.Identity()
         self.out = OutputLinear(width, channels)
 
-    def decode(self, pixels: Tensor, s: Tensor, table: Tensor) -> Tensor:
-        """pixels [M, K, C], conditions s [M, D] and the shared coordinate table [K, F] → [M, K, C]."""
+    def decode(self, pixels: Tensor, table: Tensor, *generated: Tensor) -> Tensor:
+        """pixels [M, K, C], the shared coordinate table [K, F], what each block generated [M, …] → [M, K, C]."""
         of_values, of_coordinates = self.embed.weight.split((self.values, table.shape[1]), dim=1)
         shared = F.linear(table, of_coordinates, self.embed.bias)  # [K, W]: one table serves all patches
         h = F.linear(pixels, of_values) + shared if self.values else shared.expand(len(pixels), -1, -1)  # [M, K, W]
-        for block in self.blocks:
-            h = block(h, s)
+        for block, weights in zip(self.blocks, generated, strict=True):
+            h = block.field(h, weights)
         return self.out(self.norm(h))
 
     def forward(self, pixels: Tensor, s: Tensor, patch: tuple[int, int], recompute: bool) -> Tensor:
         """Decode patches of `patch` = (height, width) pixels. pixels [M, K, C], s [M, D] → [M, K, C].
 
-        With `recompute`, only pixels and s are kept for the backward pass, which decodes again in pieces of at most
-        1,024 patches. The backward pass begins at the head, so recomputing it in one piece would not lower the memory
-        peak.
+        With `recompute`, only pixels, s and the generated weights are kept for the backward pass, which decodes again
+        in pieces of at most 1,024 patches. The backward pass begins at the head, so recomputing it in one piece would
+        not lower the memory peak. Generating the weights is four fifths of the head's arithmetic at the published sizes
+        and is not repeated.
         """
         dtype = self.embed.weight.dtype
         precision = torch.promote_types(dtype, torch.float32)  # bfloat16 is too coarse for angles
         table = coordinate_table(self.encoding, *patch, precision, pixels.device).to(dtype)  # [K, F]
+        generated = [block.generate(s) for block in self.blocks]  # [M, 2·W·R] each
         if not (recompute and torch.is_grad_enabled()):
-            return self.decode(pixels, s, table)
+            return self.decode(pixels, table, *generated)
         pieces = math.ceil(len(s) / PATCHES_PER_PIECE)
-        return torch.cat(
-            [
-                checkpoint(self.decode, some_pixels, some_s, table, use_reentrant=False, preserve_rng_state=False)
-                for some_pixels, some_s in zip(pixels.chunk(pieces), s.chunk(pieces), strict=True)
-            ]
-        )
+        parts = zip(*(tensor.chunk(pieces) for tensor in (pixels, *generated)), strict=True)
+        again = functools.partial(checkpoint, self.decode, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([again(some_pixels, table, *some_generated) for some_pixels, *some_generated in parts])
 
 
 class LinearHead(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 NORM_EPS = 1e-6
+L2_EPS = 1e-12  # the shortest vector that is scaled to unit length
 
 
 def at_least_float32(x: Tensor) -> Tensor:

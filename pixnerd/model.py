@@ -17,7 +17,7 @@ from .errors import InputError
 from .fields import LinearHead, NeuralFieldHead
 from .layers import Attention, DiTBlock, TimeEmbedding, rotary_table
 from .model_config import SIZES as SIZES
-from .model_config import ModelConfig, Recompute, check_resolution
+from .model_config import FieldKernel, ModelConfig, Recompute, check_fused, check_resolution, check_triton
 
 MIN_REMAINING_TIME = 1e-4  # lower bound of 1 − t as a divisor: no sampler evaluates the network nearer to t = 1
 
@@ -55,14 +55,21 @@ class PatchDenoiser(nn.Module):
     """What the class-conditional and the text-to-image network share: patch embedding, blocks, a head for each patch.
 
     `recompute` is what the backward pass computes again instead of keeping all activations: "none", the pixels of the
-    "head", or "all", the head and every block. It changes memory and time, never the numbers.
+    "head", or "all", the head and every block. It changes memory and time, never the numbers. `field_kernel` is what
+    computes the field's blocks: "torch", operator by operator, or "fused", one kernel of a GPU (fused.py) that rounds
+    less often.
     """
 
     num_classes: int | None = None
     """number of classes; None for a text-conditional network"""
 
-    def __init__(self, config: ModelConfig, blocks: Iterable[DiTBlock], recompute: Recompute):
+    def __init__(
+        self, config: ModelConfig, blocks: Iterable[DiTBlock], recompute: Recompute, field_kernel: FieldKernel
+    ):
         super().__init__()
+        if field_kernel == "fused":
+            check_fused(config)
+            check_triton()
         self.config, self.recompute = config, recompute
         width, patch_size, channels = config.width, config.patch_size, config.channels
         self.patch_embed = nn.Linear(channels * patch_size**2, width)
@@ -80,6 +87,7 @@ class PatchDenoiser(nn.Module):
                 config.output_norm,
                 config.field_weights,
                 config.field_pixels,
+                field_kernel,
             )
         else:
             self.head = LinearHead(width, channels, patch_size)
@@ -179,14 +187,23 @@ class PatchDenoiser(nn.Module):
 
 
 class PixNerd(PatchDenoiser):
-    """The class-conditional velocity network v(x_t, t, label). For `recompute` see PatchDenoiser."""
+    """The class-conditional velocity network v(x_t, t, label).
 
-    def __init__(self, config: ModelConfig, num_classes: int, recompute: Recompute = "head"):
+    For `recompute` and `field_kernel` see PatchDenoiser.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_classes: int,
+        recompute: Recompute = "head",
+        field_kernel: FieldKernel = "torch",
+    ):
         if num_classes < 1:
             raise InputError(f"num_classes is {num_classes}; it has to be at least 1")
         width, hidden = config.width, int(2 / 3 * 4 * config.width)
         blocks = (DiTBlock(Attention(width, config.heads), width, hidden) for _ in range(config.blocks))
-        super().__init__(config, blocks, recompute)
+        super().__init__(config, blocks, recompute, field_kernel)
         self.num_classes = num_classes
         self.label_embed = nn.Embedding(num_classes + 1, width)  # the last row is "no label"
         nn.init.normal_(self.label_embed.weight, std=0.02)

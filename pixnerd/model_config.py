@@ -3,7 +3,9 @@
 Source: arXiv 2507.23268 and the released code.
 """
 
+import math
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from .checks import Count, Few, Side, check_fields
@@ -13,7 +15,10 @@ from .errors import InputError
 WeightNorm = Literal["none", "fc1", "fc1+fc2"]
 FieldWeights = Literal["generated", "shared"]
 Prediction = Literal["v", "x"]
+# entries of one matrix of a patch: the fused kernel keeps two such matrices and two of sums in registers
+FUSED_WEIGHTS = 8192
 Recompute = Literal["none", "head", "all"]  # what the backward pass recomputes, see model.PatchDenoiser
+FieldKernel = Literal["torch", "fused"]  # what computes a field block, see model.PatchDenoiser
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,28 @@ def check_resolution(config: ModelConfig, size: tuple[int, int], base_resolution
             )
     if config.head == "linear" and tuple(size) != tuple(base_resolution):
         raise InputError(f"a linear head decodes only at its base resolution; {size} is not {base_resolution}")
+
+
+def check_fused(config: ModelConfig) -> None:
+    """Raise InputError unless fused.py computes this network's field blocks."""
+    if config.head != "field" or config.field_weights != "generated":
+        what = "head" if config.head != "field" else "field_weights"
+        raise InputError(
+            f"field_kernel is fused and model.{what} is {getattr(config, what)}; the fused kernel computes fields with "
+            "generated weights: use field_kernel torch"
+        )
+    sides = config.field_width, config.field_width * config.field_ratio
+    if math.prod(2 ** max(4, (side - 1).bit_length()) for side in sides) > FUSED_WEIGHTS:
+        raise InputError(
+            f"field_kernel is fused and the field's matrices are {sides[0]}x{sides[1]}; with sides rounded up to "
+            f"powers of two they may have {FUSED_WEIGHTS:,} entries: use field_kernel torch"
+        )
+
+
+def check_triton() -> None:
+    """Raise InputError unless Triton, in which the fused kernel is written, is installed."""
+    if find_spec("triton") is None:
+        raise InputError("field_kernel is fused, and the package triton is not installed: use field_kernel torch")
 
 
 class Sizes(dict[str, ModelConfig]):

@@ -62,7 +62,8 @@ class Fit:
     kept: float
     """from the forward pass for the backward pass"""
     passing: float
-    """computed again in the backward pass, one block or one piece of the head at a time"""
+    """computed again in the backward pass, one block or one piece of the head at a time, and the gradients of the
+    generated weights, which all pieces share"""
 
     @property
     def total(self) -> float:
@@ -96,6 +97,7 @@ class Plan:
         images = config.batch_size // (self.gpus * accumulate)
         tokens = (config.model.image_size // config.model.patch_size) ** 2
         piece = (self.kept["none"] - self.kept["head"]) * min(images, PATCHES_PER_PIECE / tokens)
+        piece += images * cost.generated_bytes(config.model, activations_dtype(config)) / GIB  # all pieces' gradients
         block = (self.kept["head"] - self.kept["all"]) * images / config.model.blocks
         passing = {"none": 0.0, "head": piece, "all": max(piece, block)}[recompute]
         kept = (self.kept[recompute] + self.frozen.kept / GIB) * images
@@ -132,11 +134,16 @@ class Plan:
 def plan_run(config: TrainConfig, gpus: int = 1, num_classes: int = 1000) -> Plan:
     """Count what a run takes of each of `gpus` GPUs. Raises InputError if its teacher cannot be found."""
     with torch.device("meta"):
-        model = build_network(config.model, num_classes, config.recompute)
-    size, dtype = config.model.image_size, torch.float32 if config.precision == "float32" else torch.bfloat16
+        model = build_network(config.model, num_classes, config.recompute, config.field_kernel)
+    size, dtype = config.model.image_size, activations_dtype(config)
     kept = {policy: cost.saved_activation_bytes(model, size, policy, dtype) / GIB for policy in POLICIES}
     others = teacher_cost(config) + encoder_cost(config) + distillation_cost(config, model)
     return Plan(config, gpus, model, others, kept)
+
+
+def activations_dtype(config: TrainConfig) -> torch.dtype:
+    """The precision that a run's network computes in on a GPU."""
+    return torch.bfloat16 if config.computes_in_bfloat16("cuda") else torch.float32
 
 
 def teacher_cost(config: TrainConfig) -> Frozen:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # most of a run's files need no torch
 # entries of config.json that may change when a run is resumed: where, how long, how often, on which hardware, and what
 # only later commands read
 CHANGEABLE = {"out", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every"}
-CHANGEABLE |= {"accumulate", "compile", "deterministic", "non_finite", "recompute", "shard", "workers"}
+CHANGEABLE |= {"accumulate", "compile", "deterministic", "field_kernel", "non_finite", "recompute", "shard", "workers"}
 CHANGEABLE |= {f"sampling.{field.name}" for field in dataclasses.fields(SamplingConfig)}
 SWEEP = "sweep"  # folder in a run's folder that belongs to the study which the run is part of
 CONTENTS = {"model_content", "reference_content"}  # of an evaluation's settings: hashes

@@ -14,18 +14,21 @@ from .errors import InputError
 from .layers import Attention, DiTBlock, JointAttention, RMSNorm
 from .model import PatchDenoiser, PixNerd
 from .model_config import TEXT_SIZES as TEXT_SIZES
-from .model_config import ModelConfig, Recompute, TextModelConfig
+from .model_config import FieldKernel, ModelConfig, Recompute, TextModelConfig
 
 
 class TextPixNerd(PatchDenoiser):
-    """The text-conditional velocity network v(x_t, t, text). For `recompute` see PatchDenoiser."""
+    """The text-conditional velocity network v(x_t, t, text).
+
+    For `recompute` and `field_kernel` see PatchDenoiser.
+    """
 
     config: TextModelConfig
 
-    def __init__(self, config: TextModelConfig, recompute: Recompute = "head"):
+    def __init__(self, config: TextModelConfig, recompute: Recompute = "head", field_kernel: FieldKernel = "torch"):
         width, hidden = config.width, 4 * config.width
         blocks = (DiTBlock(JointAttention(width, config.heads), width, hidden) for _ in range(config.blocks))
-        super().__init__(config, blocks, recompute)
+        super().__init__(config, blocks, recompute, field_kernel)
         self.text_embed = nn.Linear(config.text_features, width)
         self.text_norm = RMSNorm(width)
         self.text_positions = nn.Parameter(torch.randn(1, config.text_length, width))
@@ -95,11 +98,16 @@ def check_text(config: TextModelConfig, text: Tensor) -> None:
         )
 
 
-def build_network(config: ModelConfig, num_classes: int | None, recompute: Recompute = "head") -> PatchDenoiser:
+def build_network(
+    config: ModelConfig,
+    num_classes: int | None,
+    recompute: Recompute = "head",
+    field_kernel: FieldKernel = "torch",
+) -> PatchDenoiser:
     """A network with fresh weights, of the family to which its configuration belongs.
 
     num_classes is only for the class-conditional network; a text-conditional one has no classes.
     """
     if isinstance(config, TextModelConfig):
-        return TextPixNerd(config, recompute)
-    return PixNerd(config, num_classes, recompute)
+        return TextPixNerd(config, recompute, field_kernel)
+    return PixNerd(config, num_classes, recompute, field_kernel)

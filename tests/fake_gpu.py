@@ -101,8 +101,9 @@ def backward(loss: Tensor) -> dict[Tensor, Tensor]:
             continue
         # one identity for the whole pass, so that a checkpoint recomputes once
         with torch.no_grad(), mock.patch("torch._C._current_graph_task_id", return_value=0):
-            results = node(*gradients)
+            results = node(*gradients) if callable(node) else node.apply(*gradients)  # the package's own operators
         results = results if isinstance(results, tuple) else (results,)
+        results = results[: len(node.next_functions)]  # arguments of own operators that are no tensors come last
         for (parent, number), gradient in zip(node.next_functions, results, strict=True):
             if parent is not None and gradient is not None:
                 before = waiting[parent][number]

@@ -136,10 +136,10 @@ def test_the_more_is_recomputed_the_less_is_kept(dtype, text):
 
 @pytest.mark.parametrize(
     ("size", "none", "head", "everything"),
-    [("L/16", 463.2, 285.9, 13.1), ("XL/16", 718.2, 379.4, 16.9)],
+    [("L/16", 463.2, 301.9, 29.1), ("XL/16", 718.2, 411.4, 48.9)],
 )
 def test_published_sizes_keep_bfloat16(size, none, head, everything):
-    """MiB per image at 256 pixels. With norms in float32, as CUDA's autocast has them, XL/16 keeps 919, 540, 17."""
+    """MiB per image at 256 pixels. With norms in float32, as CUDA's autocast has them, XL/16 keeps 919, 572, 49."""
     model = on_meta(SIZES[size])
     kept = [saved_activation_bytes(model, 256, how) / 2**20 for how in ("none", "head", "all")]
     assert kept == pytest.approx([none, head, everything], abs=0.1)

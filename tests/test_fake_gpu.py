@@ -37,6 +37,12 @@ def text_model(recompute="head"):
         return TextPixNerd(TEXT, recompute).train()
 
 
+def fused_model(recompute="head"):
+    pytest.importorskip("triton")
+    with CUDA:
+        return PixNerd(MODEL, 10, recompute, "fused").train()
+
+
 def batch_for(model, size=None, images=2):
     """image, condition, noise and t."""
     size = size or model.config.image_size
@@ -54,7 +60,7 @@ def check_gradients(loss, *networks):
 
 
 @pytest.mark.parametrize("recompute", ["none", "head", "all"])
-@pytest.mark.parametrize("make", [class_model, text_model])
+@pytest.mark.parametrize("make", [class_model, text_model, fused_model])
 def test_losses_and_gradients(make, recompute):
     with fake_gpu():
         model = make(recompute)

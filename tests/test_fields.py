@@ -87,12 +87,28 @@ def saved_bytes(function):
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), out
 
 
-def test_recomputing_keeps_less():
-    head = field_head(TINY)
-    pixels, s = torch.randn(64, 16, 3, dtype=torch.float64), torch.randn(64, 10, dtype=torch.float64)
+def test_recomputing_keeps_inputs_and_generated_weights_alone():
+    head, (M, K, W, R) = field_head(TINY), (64, 16, 8, 16)
+    pixels, s = torch.randn(M, K, 3, dtype=torch.float64), torch.randn(M, 10, dtype=torch.float64)
     kept, _ = saved_bytes(lambda: head(pixels, s, (4, 4), recompute=False))
     again, _ = saved_bytes(lambda: head(pixels, s, (4, 4), recompute=True))
-    assert again < kept / 10
+    inputs = pixels.numel() + s.numel() + K * 64 + 2 * M * 2 * W * R  # two blocks
+    weights = sum(block.generator.weight.numel() for block in head.blocks)
+    assert 8 * inputs <= again <= 8 * (inputs + weights)
+    assert again < kept / 4
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_weights_are_generated_once_for_all_pieces(recompute, monkeypatch):
+    """Also in the backward pass, which adds to each generator's gradient a single time."""
+    monkeypatch.setattr(fields, "PATCHES_PER_PIECE", 2)
+    head, calls = field_head(TINY), []
+    for block in head.blocks:
+        block.generator.register_forward_hook(lambda *_: calls.append("forward"))
+        block.generator.weight.register_hook(lambda gradient: calls.append("gradient"))
+    pixels, s = torch.randn(8, 16, 3, dtype=torch.float64), torch.randn(8, 10, dtype=torch.float64)
+    head(pixels, s, (4, 4), recompute).sum().backward()
+    assert calls == 2 * ["forward"] + 2 * ["gradient"]
 
 
 def test_coordinates_are_shared_by_all_patches():

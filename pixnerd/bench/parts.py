@@ -62,7 +62,8 @@ def network_parts(network: PixNerd, batch: Batch, bf16: bool) -> dict[str, Calla
     def decode(s: Tensor) -> Tensor:
         if not isinstance(network.head, NeuralFieldHead):
             return network.head(pixels, s, (P, P), False)
-        return network.head.decode(pixels, s, coordinate_table(config.encoding, P, P, torch.float32, device))
+        generated = [block.generate(s) for block in network.head.blocks]
+        return network.head.decode(pixels, coordinate_table(config.encoding, P, P, torch.float32, device), *generated)
 
     def action(function: Callable, *inputs: Tensor, of: nn.Module = network) -> Callable[[], None]:
         return forward_and_backward(function, inputs, of, device.type, bf16)

@@ -25,6 +25,7 @@ from ..distributed import World, bare, check_sharding, exchange_gradients, join,
 from ..errors import InputError, NonFiniteLoss, WriteError
 from ..fields import NeuralFieldHead
 from ..model import PatchDenoiser
+from ..model_config import check_triton
 from ..model_source import ModelSource, find_model
 from ..randomness import Purpose, derived_seed
 from ..runs import Run
@@ -94,6 +95,9 @@ def train(config: TrainConfig, device: torch.device | None = None) -> Iterator[S
         check_classes(run, checkpoint, conditions.num_classes)
         if job.compiles:
             check_compiler(world.device)
+        if config.field_kernel == "fused":
+            check_triton()
+            check_gpu(world.device)
         if world.leads:
             run.begin(config, None if conditions.num_classes is None else dataset.classes)
     return _train(job, checkpoint)
@@ -109,6 +113,12 @@ def check_compiler(device: torch.device) -> None:
             f"torch.compile does not work on this machine ({reason}): "
             "install a C++ compiler such as g++, or train with --compile off"
         ) from error
+
+
+def check_gpu(device: torch.device) -> None:
+    """Raise InputError unless the fused field's kernel runs on the device."""
+    if device.type != "cuda":
+        raise InputError(f"field_kernel is fused, which runs on a GPU alone; this run's device is {device}: use torch")
 
 
 def check_classes(run: Run, checkpoint: Path | None, num_classes: int | None) -> None:
@@ -231,7 +241,8 @@ def build_models(job: Job) -> dict[str, PatchDenoiser]:
     for name in ("model", *config.average_decays(1)):
         with torch.random.fork_rng():
             torch.manual_seed(derived_seed(config.seed, Purpose.INITIAL_WEIGHTS))
-            models[name] = build_network(config.model, job.conditions.num_classes, config.recompute).to(world.device)
+            settings = job.conditions.num_classes, config.recompute, config.field_kernel
+            models[name] = build_network(config.model, *settings).to(world.device)
     if job.start is not None:
         with world.together():
             weights = job.start.load(device=world.device).state_dict()

@@ -6,7 +6,9 @@ Writes data/benchmarks/gpu_checks.json; ends with 1 if a check failed, and with 
 """
 
 import dataclasses
+import itertools
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,12 +18,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.autograd.graph import saved_tensors_hooks
 
 from pixnerd import SIZES, PixNerd, flow
 from pixnerd.config import TrainConfig
 from pixnerd.cost import saved_activation_bytes
+from pixnerd.fields import NeuralFieldHead
 from pixnerd.files import write_atomically
 from pixnerd.layers import RMSNorm
 from pixnerd.training import draw_step, loop, train
@@ -109,23 +113,24 @@ def norms(folder: Path) -> dict[str, Any]:
 
 
 def compiled_graphs(folder: Path) -> dict[str, Any]:
-    """Two graphs and no break, for every policy, with the inductor."""
+    """Two graphs and no break, for every policy and both kernels of the field, with the inductor."""
     found = {}
-    for recompute in ("none", "head", "all"):
+    for recompute, kernel in itertools.product(("none", "head", "all"), ("torch", "fused")):
         torch._dynamo.reset()
         counters.clear()
         with mock.patch.object(loop, "check_compiler"):  # its trial is a graph of its own
-            for _ in train(dataclasses.replace(CONFIG, out=str(folder / recompute), recompute=recompute), GPU):
+            out = str(folder / f"{recompute}-{kernel}")
+            for _ in train(dataclasses.replace(CONFIG, out=out, recompute=recompute, field_kernel=kernel), GPU):
                 pass
-        found[recompute] = [counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())]
+        found[f"{recompute}, {kernel}"] = [counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())]
     return {"passed": all(counts == [2, 0] for counts in found.values()), "graphs and breaks": found}
 
 
 def memory(folder: Path) -> dict[str, Any]:
     """Bytes that a third image of 256 pixels keeps, against the count, for two blocks of L/16; MiB."""
     found, config = {}, dataclasses.replace(SIZES["L/16"], blocks=2)
-    for recompute in ("none", "head", "all"):
-        model = PixNerd(config, 10, recompute).to(GPU).train()
+    for recompute, kernel in itertools.product(("none", "head", "all"), ("torch", "fused")):
+        model = PixNerd(config, 10, recompute, kernel).to(GPU).train()
         kept = []
         for images in (1, 2, 3):
             storages = set()
@@ -137,12 +142,70 @@ def memory(folder: Path) -> dict[str, Any]:
                 loss = flow.loss(model, image, model.example_condition(images), torch.randn_like(image), t).mean
             kept.append(sum(storage.nbytes() for storage in storages))
             del loss
-        found[recompute] = [(kept[2] - kept[1]) / 2**20, saved_activation_bytes(model, 256) / 2**20]
+        found[f"{recompute}, {kernel}"] = [(kept[2] - kept[1]) / 2**20, saved_activation_bytes(model, 256) / 2**20]
     passed = all(abs(measured - counted) < 0.05 * counted + 4 for measured, counted in found.values())
     return {"passed": passed, "measured and counted": found}
 
 
-CHECKS = (norms, drawing_without_waiting, step_without_waiting, resuming, compiled_graphs, memory)
+def head_on_gpu(
+    kernel: str, recompute: bool, compiled: bool, exact: bool = False
+) -> tuple[NeuralFieldHead, Callable[[], Tensor]]:
+    """The head of XL/16, and what computes it for 32 images of 256 pixels, with its gradients; in bfloat16 or exact."""
+    torch.manual_seed(0)
+    head = NeuralFieldHead(1152, 3, blocks=4, kernel=kernel).to(GPU)
+    nn.init.normal_(head.out.weight, std=0.1)  # zero at the start, which would hide every gradient
+    pixels, s = torch.randn(32 * 256, 256, 3, device=GPU), torch.randn(32 * 256, 1152, device=GPU)
+    s.requires_grad_()
+    if compiled:
+        head.decode = torch.compile(head.decode, dynamic=False)
+
+    def step() -> Tensor:
+        head.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=not exact):
+            out = head(pixels, s, (16, 16), recompute)
+        out.float().square().mean().backward()
+        return out.detach()
+
+    return head, step
+
+
+def fused_field(folder: Path) -> dict[str, Any]:
+    """The fused kernel against torch for XL/16's head: as exact as torch, in less time and memory; ms and GiB.
+
+    The time is that of forward and backward pass, the median of 20; exactness is that of the output and of the first
+    generator's gradient, relative to float32.
+    """
+    head, step = head_on_gpu("torch", True, False, exact=True)
+    exact = step(), head.blocks[0].generator.weight.grad.clone()
+    errors, times, peaks = {}, {}, {}
+    for kernel, recompute, compiled in itertools.product(("torch", "fused"), (False, True), (False, True)):
+        name = f"{kernel}, {'recomputed' if recompute else 'kept'}, {'compiled' if compiled else 'eager'}"
+        torch._dynamo.reset()
+        head, step = head_on_gpu(kernel, recompute, compiled)
+        found = step(), head.blocks[0].generator.weight.grad.clone()
+        errors[name] = [((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+        torch.cuda.reset_peak_memory_stats()
+        spent = []
+        for _ in range(23):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            step()
+            end.record()
+            torch.cuda.synchronize()
+            spent.append(begin.elapsed_time(end))
+        times[name], peaks[name] = statistics.median(spent[3:]), torch.cuda.max_memory_allocated() / 2**30
+    pays = min(times["fused, kept, compiled"], times["fused, kept, eager"]) < times["torch, recomputed, compiled"]
+    most = 1.1 * max(map(max, (e for name, e in errors.items() if name.startswith("torch"))))
+    return {
+        "passed": pays and all(max(error) <= most for error in errors.values()),
+        "pays": pays,
+        "errors": errors,
+        "milliseconds": times,
+        "peak": peaks,
+    }
+
+
+CHECKS = (norms, drawing_without_waiting, step_without_waiting, resuming, compiled_graphs, memory, fused_field)
 
 
 def main() -> None:
