@@ -5,7 +5,8 @@ from collections.abc import Callable, Hashable
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from torch.utils.benchmark import timer  # waits for a GPU
+
+from ..cost import clock
 
 WARM = 3  # rounds before anything counts: they compile, allocate and fill caches
 Name = TypeVar("Name", bound=Hashable)
@@ -49,9 +50,9 @@ def take_turns(
             before_round()
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            begin, processor = timer(), time.process_time()
+            begin, processor = clock(), time.process_time()
             actions[name]()
-            reading = Reading(timer() - begin, time.process_time() - processor)
+            reading = Reading(clock() - begin, time.process_time() - processor)
             if number >= warm:
                 readings[name].append(reading)
     return readings
