@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from pixnerd import InputError, ModelConfig, PixNerd, load, load_released
-from pixnerd.checkpoints import load_model, load_newest, newest_checkpoint, save_checkpoint, save_model
+from pixnerd.checkpoints import SHARDS, load_model, load_newest, newest_checkpoint, save_checkpoint, save_model
 from pixnerd.distributed import World
 from pixnerd.errors import WriteError
 
@@ -75,6 +75,18 @@ def test_a_folder_that_says_another_step_or_is_no_number_is_no_checkpoint(tmp_pa
         assert newest_checkpoint(tmp_path) == older
 
 
+def test_every_shard_that_a_checkpoint_names_has_to_be_there(tmp_path):
+    older, _ = checkpoint(tmp_path, 5, seed=0)
+    newer, _ = checkpoint(tmp_path, 10, seed=7)
+    (newer / "state.json").write_text('{"step": 10}')  # as it was before there were shards
+    assert newest_checkpoint(tmp_path) == newer
+    (newer / "state.json").write_text('{"step": 10, "shards": 2}')
+    (newer / SHARDS).mkdir()
+    shutil.copy(newer / "optimizer.safetensors", newer / SHARDS / "0.safetensors")
+    with pytest.warns(UserWarning, match="step-10 is skipped: .*step-10 has 1 of its 2 shards"):
+        assert newest_checkpoint(tmp_path) == older
+
+
 def everything(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -121,6 +133,21 @@ def test_a_checkpoint_that_is_retired_while_it_is_read_is_replaced_by_the_newest
     (folder / "step-2" / "ema.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match="no checkpoint in .* can be read"):  # nothing newer comes: no second try
         load(tmp_path / "run")
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_tried_twice_and_no_more(tmp_path, monkeypatch):
+    folder, tries = tmp_path / "run" / "checkpoints", []
+    checkpoint(folder, 1, seed=1)
+
+    def fail(path, device):
+        tries.append(path)
+        assert len(tries) <= 2
+        raise InputError(f"{path} does not fit")
+
+    monkeypatch.setattr("pixnerd.checkpoints.load_model", fail)
+    with pytest.raises(InputError, match="does not fit"):
+        load_newest(folder, World(0, 1, torch.device("cpu")))
+    assert len(tries) == 2
 
 
 def test_half_written_checkpoints_are_never_seen(tmp_path):
