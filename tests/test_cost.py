@@ -64,7 +64,7 @@ def test_matmul_rate_is_the_products_arithmetic_by_its_time(monkeypatch):
 def test_copy_rate_is_what_is_read_and_written_by_its_time(monkeypatch):
     monkeypatch.setitem(COPIED, "cpu", 4096)
     readings = iter(range(100))
-    monkeypatch.setattr("pixnerd.cost.timer", lambda: next(readings) * 0.5)
+    monkeypatch.setattr("pixnerd.cost.clock", lambda: next(readings) * 0.5)
     assert copy_rate(CPU) == 2 * 4096 / 0.5
 
 
