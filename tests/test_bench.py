@@ -8,7 +8,7 @@ import torch
 
 from pixnerd import InputError, PixNerd, flow
 from pixnerd.bench import clock, contestants, measure, scaling
-from pixnerd.bench.clock import Reading, exponent, largest_that_fits, ratios, spread_of, take_turns
+from pixnerd.bench.clock import Reading, exponent, largest_that_fits, median_and_quartiles, ratios, take_turns
 from pixnerd.bench.contestants import Bench, Contestant, check_equal
 from pixnerd.bench.counts import Roofs, count_operators
 from pixnerd.bench.parts import network_parts
@@ -132,7 +132,7 @@ def test_ratios_are_of_the_same_round():
     mine, plain = [Reading(1, 2), Reading(10, 2), Reading(2, 2)], [Reading(2, 4), Reading(20, 8), Reading(4, 8)]
     assert ratios(mine, plain)["wall"] == (0.5, 0.5, 0.5)
     assert ratios(mine, plain)["processor"].median == 0.25
-    assert spread_of([1.0, 2.0, 3.0, 4.0, 5.0]) == (3, 2, 4)
+    assert median_and_quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (3, 2, 4)
 
 
 # --- the contestants -------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def take_turns(
     return readings
 
 
-def spread_of(values: list[float]) -> Spread:
+def median_and_quartiles(values: list[float]) -> Spread:
     """Median and quartiles."""
     low, median, high = np.percentile(values, (25, 50, 75)).tolist()
     return Spread(median, low, high)
@@ -68,8 +68,8 @@ def ratios(readings: list[Reading], reference: list[Reading]) -> dict[str, Sprea
     """How long one thing takes of another, round by round, by each clock."""
     pairs = list(zip(readings, reference, strict=True))
     return {
-        "wall": spread_of([one.wall / other.wall for one, other in pairs]),
-        "processor": spread_of([one.processor / max(other.processor, 1e-9) for one, other in pairs]),
+        "wall": median_and_quartiles([one.wall / other.wall for one, other in pairs]),
+        "processor": median_and_quartiles([one.processor / max(other.processor, 1e-9) for one, other in pairs]),
     }
 
 

@@ -13,7 +13,7 @@ from .. import cost
 from ..errors import InputError
 from ..files import check_output_file, read_json, write_atomically
 from ..surroundings import surroundings
-from .clock import Reading, largest_that_fits, ratios, spread_of, take_turns
+from .clock import Reading, largest_that_fits, median_and_quartiles, ratios, take_turns
 from .contestants import Bench, Contestant, check_equal, contestants
 from .counts import Counts, Roofs, count_operators, profile_operators
 from .parts import step_parts
@@ -136,8 +136,10 @@ def measure_parts(bench: Bench) -> dict[str, Any]:
     first = dataclasses.replace(contestants(bench.config)[0], compiled=False, recompute="none")
     actions = step_parts(bench, first, bench.network(first))
     readings = take_turns(actions, bench.config.rounds)
-    walls = {name: spread_of([reading.wall for reading in found]) for name, found in readings.items()}
-    processor = {name: spread_of([reading.processor for reading in found]) for name, found in readings.items()}
+    walls = {name: median_and_quartiles([reading.wall for reading in found]) for name, found in readings.items()}
+    processor = {
+        name: median_and_quartiles([reading.processor for reading in found]) for name, found in readings.items()
+    }
     rows = [
         {
             "part": name,
@@ -162,7 +164,7 @@ def quartiles(found: Any) -> dict[str, float]:
 
 def row_of(contestant: Contestant, readings: list[Reading], plain: list[Reading], images: int) -> dict[str, Any]:
     """Times of a contestant, absolute and of the plain network's."""
-    wall, processor = (spread_of([reading[clock] for reading in readings]) for clock in (0, 1))
+    wall, processor = (median_and_quartiles([reading[clock] for reading in readings]) for clock in (0, 1))
     return {
         **dataclasses.asdict(contestant),
         "seconds": wall.median,

@@ -10,7 +10,7 @@ from .. import cost, flow
 from ..errors import InputError
 from ..model import PixNerd
 from ..model_config import ModelConfig
-from .clock import exponent, spread_of, take_turns
+from .clock import exponent, median_and_quartiles, take_turns
 from .counts import Roofs, count_operators
 from .presets import BenchConfig
 
@@ -74,8 +74,8 @@ def measure_scaling(config: BenchConfig, num_classes: int, device: torch.device,
             with torch.device("meta"):
                 model = PixNerd(point.model, num_classes, recompute)
             kept = point.batch_size * cost.saved_activation_bytes(model, point.model.image_size, recompute, dtype)
-            seconds = spread_of([reading.wall for reading in readings[value]])
-            processor = spread_of([reading.processor for reading in readings[value]])
+            seconds = median_and_quartiles([reading.wall for reading in readings[value]])
+            processor = median_and_quartiles([reading.processor for reading in readings[value]])
             row = {"value": value, "seconds": seconds.median, "processor_seconds": processor.median}
             rows.append(row | {"flops": counts.flops, "bytes": counts.bytes, "saved_bytes": kept})
         sizes = [row["value"] for row in rows]
