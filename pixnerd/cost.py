@@ -58,22 +58,6 @@ def step_flops(model: PatchDenoiser, size: int, recompute: Recompute | None = No
     return 3 * counter.get_total_flops() + again
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measured floating-point operations per second of a large square matrix product, the best of ten."""
-    side = MATMUL_SIDE[device.type]
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begin = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * side**3 / best
-
-
 def clock() -> float:
     """Seconds on a clock, read once the GPU in use, if there is one, has done all its work."""
     if torch.cuda.is_initialized():
@@ -81,15 +65,28 @@ def clock() -> float:
     return time.perf_counter()
 
 
+def best_of_ten(work: Callable[[], object]) -> float:
+    """The fewest seconds that ten trials take."""
+    seconds = []
+    for _ in range(10):
+        begin = clock()
+        work()
+        seconds.append(clock() - begin)
+    return min(seconds)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measured floating-point operations per second of a large square matrix product, the best of ten."""
+    side = MATMUL_SIDE[device.type]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / best_of_ten(lambda: a @ b)
+
+
 def copy_rate(device: torch.device) -> float:
     """Measured bytes per second that copying a large tensor reads and writes, the best of ten."""
     source = torch.ones(COPIED[device.type] // 4, device=device)
-    target, best = torch.empty_like(source), float("inf")
-    for _ in range(10):
-        begin = clock()
-        target.copy_(source)
-        best = min(best, clock() - begin)
-    return 2 * source.nbytes / best
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / best_of_ten(lambda: target.copy_(source))
 
 
 def generated_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

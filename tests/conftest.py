@@ -1,5 +1,6 @@
 """What several test files use: small models with random weights everywhere, so that no zero hides a mistake."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -105,3 +106,18 @@ def browser():
         browser = browsers.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@contextlib.contextmanager
+def offline_page(browser, timeout, permissions=(), **options):
+    """A page that can reach nothing, asks for nothing but files, and must not complain; `timeout` in milliseconds."""
+    context = browser.new_context(offline=True, **options)
+    context.grant_permissions(list(permissions))
+    page, said = context.new_page(), []
+    page.set_default_timeout(timeout)
+    page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: request.url.startswith(("file:", "data:")) or said.append(request.url))
+    yield page
+    assert said == []
+    context.close()

@@ -16,6 +16,7 @@ from pixnerd.explore.index import index, measure_of
 from pixnerd.recipes import RECIPES
 from pixnerd.studies.compare import bootstrap_interval, sign_flip_p
 
+from ..conftest import offline_page
 from . import synthetic
 from .controls import drawing, move_every_control
 
@@ -32,17 +33,10 @@ def page_file(recorded, tmp_path_factory):
 
 @pytest.fixture
 def page(browser):
-    """A page that can reach nothing, and must not complain."""
-    context = browser.new_context(offline=True, viewport={"width": 1280, "height": 900})
-    context.grant_permissions(["clipboard-read", "clipboard-write"])
-    page, said = context.new_page(), []
-    page.set_default_timeout(10_000)
-    page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: request.url.startswith(("file:", "data:")) or said.append(request.url))
-    yield page
-    assert said == []
-    context.close()
+    """A page on a desk, which may use the clipboard."""
+    clipboard = "clipboard-read", "clipboard-write"
+    with offline_page(browser, 10_000, clipboard, viewport={"width": 1280, "height": 900}) as page:
+        yield page
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import nbformat
 import pytest
 from PIL import Image
 
+from ..conftest import offline_page
 from .notebook_files import FOLDER, LESSONS, ROOT, read, solution_code, tags
 
 PAGES = sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in [*LESSONS, *FOLDER.glob("*.md")])
@@ -46,16 +47,9 @@ def book(tmp_path_factory):
 
 @pytest.fixture
 def page(browser):
-    """A page that can reach nothing, asks for nothing but files, and must not complain."""
-    context = browser.new_context(offline=True, viewport={"width": 380, "height": 800}, color_scheme="dark")
-    page, said = context.new_page(), []
-    page.set_default_timeout(60_000)
-    page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: request.url.startswith(("file:", "data:")) or said.append(request.url))
-    yield page
-    assert said == []
-    context.close()
+    """A phone's page in the dark scheme."""
+    with offline_page(browser, 60_000, viewport={"width": 380, "height": 800}, color_scheme="dark") as page:
+        yield page
 
 
 def test_every_page_is_whole_without_a_network(book, page):
