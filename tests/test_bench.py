@@ -139,7 +139,7 @@ def test_ratios_are_of_the_same_round():
 
 
 def test_contestants_share_weights_and_batch_and_agree(bench):
-    """To 1e-5 of the largest velocity in float32, and roughly in bfloat16; the linear one shares the transformer."""
+    """But for rounding in float32, and roughly in bfloat16; the linear one shares the transformer."""
     package, plain, linear = (bench.network(Contestant(k, "float32", False)) for k in ("package", "plain", "linear"))
     ours, theirs, others = (dict(network.named_parameters()) for network in (package, plain, linear))
     assert all(ours[name] is theirs[name] for name in ours | theirs)
@@ -149,8 +149,7 @@ def test_contestants_share_weights_and_batch_and_agree(bench):
     for contestant in contestants.contestants(bench.config):
         difference = bench.difference(contestant, bench.network(contestant))
         check_equal(contestant, difference)
-        assert difference < (1e-5 if contestant.precision == "float32" else 0.1)
-        assert contestant.kind == "plain" or difference > 0 or contestant.precision == "float32"
+        assert 0 < difference < (1e-4 if contestant.precision == "float32" else 0.1)
 
 
 def test_contestants_have_the_same_gradients_and_leave_the_same_weights(bench):
