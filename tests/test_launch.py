@@ -98,7 +98,8 @@ STUBBORN = "signal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('ready')\ntime.s
 POLITE = """
 try:
     print('ready')
-    time.sleep(600)
+    for _ in range(60_000):  # an interrupt between Python's last look and a single long sleep would wait for its end
+        time.sleep(0.01)
 except KeyboardInterrupt:
     print('x' * 1_000_000)  # more than a pipe holds
     pathlib.Path('saved').touch()
