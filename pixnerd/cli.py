@@ -88,23 +88,25 @@ class Plan(Train):
 
     gpus: Count = 8
     """GPUs that share a batch"""
-    card_gib: Positive = 79.2
-    """memory of each, in GiB; a card of 80 GB has 79.2"""
+    card_gib: Positive | None = None
+    """memory of each, in GiB; by default that of this machine's GPU, or without one 79.2, as a card of 80 GB has"""
     rate: Positive = 1e14
     """FLOP/s of each; by default an A100's in the authors' runs"""
 
     def run(self) -> None:
-        from .planning import advice, hours_line, memory_table, plan_run
+        from .planning import advice, card_here, cards_table, hours_line, memory_table, plan_run
 
         config = self.config
         if config.batch_size % (self.gpus * config.accumulate):
             parts = f"{self.gpus} GPUs in {config.accumulate} parts each"
             raise InputError(f"batch_size {config.batch_size} cannot be shared evenly by {parts}")
-        found = plan_run(config, self.gpus)
+        found, card = plan_run(config, self.gpus), self.card_gib or card_here()
         parameters = sum(parameter.numel() for parameter in found.model.parameters())
         print(f"{parameters / 1e6:.1f} million parameters, {config.model.image_size} pixels, GiB on each GPU:")
-        _print_table(memory_table(found, self.card_gib))
-        print(advice(found, self.card_gib))
+        _print_table(memory_table(found, card))
+        print(advice(found, card))
+        print("the most that each GPU computes at once, 0 if not even one image fits:")
+        _print_table(cards_table(found))
         print(hours_line(found, self.rate))
 
 
