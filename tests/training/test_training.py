@@ -954,6 +954,16 @@ def test_without_a_compiler_there_is_no_run(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True)])
+def test_a_gpus_images_are_loaded_ahead_into_pinned_memory(monkeypatch, device, pinned):
+    """Only from there does the CPU go on while they are copied."""
+    seen = {}
+    monkeypatch.setattr("pixnerd.training.batches.DataLoader", lambda *_, **options: seen.update(options) or ())
+    config = config_for("unused", workers=2)
+    assert not list(step_batches(config, {}, Labels(10), 0, World(0, 1, torch.device(device))))
+    assert (seen["pin_memory"], seen["num_workers"], seen["prefetch_factor"]) == (pinned, 2, 2)
+
+
 def test_too_little_shared_memory_is_said_before_the_run(tmp_path, monkeypatch):
     """2 workers with 2 batches each and the one in use, 8 images of 3 · 16² bytes: 30 KiB."""
     needed = (2 * 2 + 1) * 8 * 3 * 16**2
