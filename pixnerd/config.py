@@ -39,6 +39,7 @@ RELEASED = {
     "MCG-NJU/PixNerd-XL-P16-C2I": Released("epoch=319-step=1600000_emainit.ckpt", text=False),
     "MCG-NJU/PixNerd-XXL-P16-T2I": Released("model.ckpt", text=True),
 }
+Compile = Literal["auto", "on", "off"]
 ALIGNED = f"{', '.join(frozen.IMAGE_NETWORKS)}, a DINOv2's folder or hub id (published: facebook/dinov2-base)"
 
 
@@ -195,7 +196,7 @@ class TrainConfig:
     # --- precision, memory and devices ---
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16 is autocast, the weights stay float32; auto: bfloat16 on a GPU, float32 on a CPU"""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Compile = "auto"
     """torch.compile for every block and the field; auto: only on a GPU, since a CPU takes half a minute to compile"""
     recompute: Recompute = "head"
     """what the backward pass recomputes instead of storing"""
@@ -334,6 +335,9 @@ class EvaluationConfig:
     """images per batch"""
     workers: Index = 0
     """processes that read the real images; 0 reads them in this one"""
+    compile: Compile = "auto"
+    """torch.compile for the network that samples; auto: on a GPU with at least 3e16 FLOP to do, five minutes of an
+    A100, since compiling takes up to a minute"""
     out: str | None = None
     """also write the samples to this .npz, for the ADM suite"""
 

@@ -3,6 +3,7 @@
 Everything here is computed from shapes; the hours are an estimate from a published speed.
 """
 
+import bisect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +25,12 @@ from .training.batches import SHORTCUTS
 from .training.distillation import LAST, taught, vectors
 
 GIB = 2**30
-CARD = 79.2  # GiB that a card sold with 80 GB reports
+CARDS = {8: 7.8, 12: 11.8, 16: 15.7, 24: 23.6, 80: 79.2}  # GB that a card is sold with → GiB that it reports
+CARD = CARDS[80]
 SPARE = 0.08  # share of a card for what is not counted: the context, workspaces, buffers of communication, fragments
 # The authors' XL/16 takes 0.27 s a step on eight A100 (arXiv 2507.23268): 32 images a GPU of 3 · 268 + 46 GFLOP each
 RATE = 1e14  # FLOP/s of an A100
+MOST_IMAGES = 4096  # at once, up to which the largest number that fits is looked for
 POLICIES: tuple[Recompute, ...] = ("none", "head", "all")
 DINOV2 = {"small": (384, 12), "base": (768, 12), "large": (1024, 24), "giant": (1536, 40)}  # width, blocks
 ENCODERS = {"Qwen/Qwen3-1.7B": (1.7e9, 1.4e9)}  # parameters, and those without the table of tokens
@@ -86,15 +89,15 @@ class Plan:
     kept: dict[str, float]
     """GiB an image, by policy of recomputation"""
 
-    def fit(self, recompute: Recompute | None = None, accumulate: int | None = None) -> Fit:
-        """The memory of one GPU; by default with the run's own settings."""
+    def fit(self, recompute: Recompute | None = None, accumulate: int | None = None, images: int | None = None) -> Fit:
+        """The memory of one GPU; by default with the run's own settings, and with its share of the run's batch."""
         config = self.config
         recompute, accumulate = recompute or config.recompute, accumulate or config.accumulate
         shards = self.gpus if config.shard else 1
         state = cost.state_bytes(self.model, len(config.average_decays(1)), shards) / GIB
         if config.precision != "float32":
             state += 2 * sum(p.numel() for p in self.model.parameters()) / GIB
-        images = config.batch_size // (self.gpus * accumulate)
+        images = images or config.batch_size // (self.gpus * accumulate)
         tokens = (config.model.image_size // config.model.patch_size) ** 2
         piece = (self.kept["none"] - self.kept["head"]) * min(images, PATCHES_PER_PIECE / tokens)
         piece += images * cost.generated_bytes(config.model, activations_dtype(config)) / GIB  # all pieces' gradients
@@ -103,18 +106,26 @@ class Plan:
         kept = (self.kept[recompute] + self.frozen.kept / GIB) * images
         return Fit(recompute, accumulate, images, state + self.frozen.bytes / GIB, kept, passing)
 
+    def most_images(self, recompute: Recompute, card: float = CARD) -> int:
+        """The largest number of images at once that fits a card of so many GiB; 0 if not even one does."""
+        numbers = range(1, MOST_IMAGES + 1)
+        return bisect.bisect_left(numbers, True, key=lambda images: not self.fit(recompute, images=images).fits(card))
+
     def suggestions(self, card: float = CARD) -> list[Fit]:
-        """What fits a card where the run's own settings do not: more parts of a step, or more recomputation."""
+        """What fits a card where the run's own settings do not: a step in more parts, or more recomputation.
+
+        Every policy that needs fewer parts than those that recompute less, the fewest parts first.
+        """
         if self.fit().fits(card):
             return []
         config, each = self.config, self.config.batch_size // self.gpus
         parts = [n for n in range(config.accumulate, each + 1) if each % n == 0]
-        in_parts = (self.fit(accumulate=n) for n in parts)
-        more = (self.fit(recompute=policy) for policy in POLICIES[POLICIES.index(config.recompute) + 1 :])
-        both = (self.fit("all", n) for n in parts)
-        found = [next((fit for fit in fits if fit.fits(card)), None) for fits in (in_parts, more)]
-        found = [fit for fit in found if fit] or [fit for fit in both if fit.fits(card)][:1]
-        return sorted(found, key=lambda fit: fit.accumulate)
+        found: list[Fit] = []
+        for policy in POLICIES[POLICIES.index(config.recompute) :]:
+            fit = next((fit for n in parts if (fit := self.fit(policy, n)).fits(card)), None)
+            if fit and (not found or fit.accumulate < found[-1].accumulate):
+                found.append(fit)
+        return found[::-1]
 
     def flops(self, recompute: Recompute | None = None) -> float:
         """Floating-point operations of a training step for one image, recomputation and frozen networks included."""
@@ -222,6 +233,19 @@ def memory_table(plan: Plan, card: float = CARD) -> list[list[str]]:
         numbers = (f"{value:.3g}" for value in (fit.state, fit.kept, fit.passing, fit.total))
         rows.append([policy, str(fit.accumulate), str(fit.images), *numbers, "yes" if fit.fits(card) else "no"])
     return rows
+
+
+def cards_table(plan: Plan) -> list[list[str]]:
+    """A table's titles and rows: the most images at once, by card and by policy of recomputation."""
+    rows = [["images at once", *(f"recompute {policy}" for policy in POLICIES)]]
+    for sold, card in CARDS.items():
+        rows.append([f"card of {sold} GB", *(str(plan.most_images(policy, card)) for policy in POLICIES)])
+    return rows
+
+
+def card_here() -> float:
+    """GiB of this machine's GPU, or where there is none of one that is sold with 80 GB."""
+    return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else CARD
 
 
 def advice(plan: Plan, card: float = CARD) -> str:

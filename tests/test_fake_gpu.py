@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pixnerd import PixNerd, flow, frozen, sampling
 from pixnerd.conditions import Labels
@@ -96,6 +97,24 @@ def test_norms_run_in_the_networks_precision(dtype, precision):
         backward(flow.loss(model, *batch_for(model)).mean)
     assert len(seen) == 2 * (2 * 4 + 2 + 1)  # four in each block, one in each of the field's, one before the output
     assert set(seen) == {(precision, precision)}
+
+
+def test_every_product_of_a_block_has_rows_of_whole_16_bytes():
+    """Width 80 gives 213 hidden numbers, which alone would not."""
+    seen = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                seen.extend(x.shape for x in args if x.ndim == 2 and x.dtype == BF16)
+            return func(*args, **(kwargs or {}))
+
+    with fake_gpu(), Products():
+        model = class_model(width=80, blocks=1)
+        backward(flow.loss(model, *batch_for(model)).mean)
+    assert model.blocks[0].mlp.out.in_features == 213
+    assert sum(216 in shape for shape in seen) >= 4  # W₂ and its input, forward and backward
+    assert not [shape for shape in seen if 213 in shape or 426 in shape]
 
 
 # --- loss terms and their networks ------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixnerd import plain
-from pixnerd.layers import Attention, OutputLinear, TimeEmbedding, rotary_table, rotate
+from pixnerd import layers, plain
+from pixnerd.layers import Attention, OutputLinear, SwiGLU, TimeEmbedding, hidden_padding, rotary_table, rotate
 
 from .conftest import randomised
 
@@ -44,6 +44,23 @@ def test_bfloat16_attention_stays_close():
         rough = attention(x, rotary)
     assert rough.dtype == torch.bfloat16
     assert 0 < (rough - exact).norm() / exact.norm() < 0.03
+
+
+def test_a_padded_hidden_axis_computes_the_same(monkeypatch):
+    """As on a GPU: 21 hidden numbers become 24; values, gradients and the weights' names and shapes stay."""
+    assert [hidden_padding(n, torch.device("cuda")) for n in (2730, 3072, 1)] == [6, 0, 7]
+    assert hidden_padding(2730, CPU) == 0
+    network, x = randomised(SwiGLU(16, 21)).double(), torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
+    names = {name: weight.shape for name, weight in network.state_dict().items()}
+    found = []
+    for added in (0, 3):
+        monkeypatch.setattr(layers, "hidden_padding", lambda hidden, device, added=added: added)
+        y = network(x)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (x, *network.parameters()))))
+    for plain_values, padded in zip(*found, strict=True):
+        torch.testing.assert_close(padded, plain_values, rtol=1e-12, atol=1e-12)
+    assert names == {"gate_value.weight": (42, 16), "out.weight": (16, 21)}
+    assert names == {name: weight.shape for name, weight in network.state_dict().items()}
 
 
 def test_last_layer_rounds_no_sample_to_bfloat16():

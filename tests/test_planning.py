@@ -10,7 +10,7 @@ from pixnerd import SIZES, frozen
 from pixnerd.cli import main
 from pixnerd.config import STUDENT_SAMPLING, TrainConfig
 from pixnerd.cost import forward_flops, saved_activation_bytes, step_flops
-from pixnerd.planning import GIB, advice, plan_run, teacher_cost
+from pixnerd.planning import CARDS, GIB, POLICIES, advice, cards_table, plan_run, teacher_cost
 from pixnerd.recipes import RECIPES
 from pixnerd.text import build_network
 from pixnerd.training.distillation import total_derivative
@@ -58,6 +58,34 @@ def test_what_does_not_fit_is_told_with_what_does(large):
     assert large.suggestions(card=80) == []
     assert "fits" in advice(large, card=80)
     assert "more GPUs and --shard" in advice(large, card=10)
+
+
+def test_a_small_card_is_told_both_ways():
+    """256 images on one card of 12 GB: two at once, or sixteen with all recomputed; the head alone gains nothing."""
+    config = dataclasses.replace(RECIPES["imagenet-256"], model=SIZES["L/16"])
+    found = plan_run(config, gpus=1)
+    assert [(s.recompute, s.accumulate) for s in found.suggestions(CARDS[12])] == [("all", 16), ("head", 128)]
+    nothing = dataclasses.replace(found, config=dataclasses.replace(config, recompute="none"))
+    assert [(s.recompute, s.accumulate) for s in nothing.suggestions(CARDS[12])] == [("all", 16), ("none", 128)]
+
+
+def test_the_most_images_are_the_last_that_the_counter_lets_pass():
+    """Below a card's limit by the counter's own figures, and above it with one more."""
+    found = plan_run(dataclasses.replace(RECIPES["imagenet-256"], model=SIZES["L/16"]), gpus=8)
+    titles, *rows = cards_table(found)
+    assert titles == ["images at once", "recompute none", "recompute head", "recompute all"]
+    assert [row[0] for row in rows] == [f"card of {sold} GB" for sold in (8, 12, 16, 24, 80)]
+    state = 22 * sum(p.numel() for p in found.model.parameters()) / GIB
+    for row, card in zip(rows, CARDS.values(), strict=True):
+        for policy, most in zip(POLICIES, map(int, row[1:]), strict=True):
+            kept = saved_activation_bytes(found.model, 256, policy) / GIB
+            total, one_more = (
+                state + images * kept + found.fit(policy, images=images).passing for images in (most, most + 1)
+            )
+            assert most == 0 or total <= 0.92 * card
+            assert one_more > 0.92 * card
+    assert rows[0][1:] == ["0", "0", "0"]  # weights, gradients and moments take 9.3 GiB
+    assert int(rows[-1][1]) < int(rows[-1][2]) < int(rows[-1][3])
 
 
 def test_sharding_divides_the_state_and_nothing_else(large):
@@ -142,11 +170,14 @@ def test_the_students_of_imagenet_fit_eight_cards_of_80_gb(recipe, distil, size)
     assert found.fit().fits(), advice(found)
 
 
-def test_the_command_needs_no_data(capsys):
+def test_the_command_needs_no_data(capsys, monkeypatch):
+    monkeypatch.setattr("pixnerd.planning.card_here", lambda: 33.0)
     main(["plan", "--size", "nano/8", "--data", "folder:/nowhere", "--gpus", "2", "--batch-size", "8", "--steps", "10"])
     said = capsys.readouterr().out
     assert "recompute head, accumulate 1" in said
     assert "10 steps take" in said
+    assert "card of 8 GB" in said
+    assert "of a card with 33 GiB" in said
     with pytest.raises(SystemExit) as stop:
         main(["plan", "--size", "nano/8", "--gpus", "3", "--batch-size", "8"])
     assert stop.value.code == 2

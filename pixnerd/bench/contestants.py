@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import plain, sampling
+from ..compiling import check_compiler, compile_regions
 from ..conditions import training_conditions
 from ..config import TrainConfig
 from ..data import load
@@ -24,9 +25,7 @@ from ..training.loop import (
     Job,
     LossWindow,
     TrainingState,
-    check_compiler,
     check_finite,
-    compile_regions,
     compute_gradients,
     update_weights,
 )

@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from ..compiling import compile_to_sample
 from ..conditions import Conditions, Subject, model_conditions
-from ..config import SamplingConfig, TrainConfig
+from ..config import Compile, SamplingConfig, TrainConfig
 from ..data import to_uint8
 from ..distributed import default_device
 from ..errors import InputError
@@ -73,15 +74,18 @@ class Trained:
     """what the model is told"""
 
 
-def open_run(path: str | Path) -> Trained:
+def open_run(path: str | Path, compile: Compile = "auto") -> Trained:
     """A trained model by its name, see `model_source`, and its settings, on a GPU if there is one.
 
+    `compile` is that of `pixnerd sample`, for MOST_IMAGES images.
+
     Raises:
-        InputError: there is no such model, it is damaged, or its text encoder is missing.
+        InputError: there is no such model, it is damaged, its text encoder is missing, or torch.compile does not work.
     """
     source, device = find_model(path), default_device()
     model = source.load(device=device)
     config = source.config(model)
+    compile_to_sample(compile, model, None, MOST_IMAGES, config.sampling)
     return Trained(config, model, model_conditions(model, config, device, source.class_names(model)))
 
 
@@ -282,10 +286,12 @@ def _field(label: str, value: float) -> widgets.Text:
     return _control(widgets.Text, label, str(value), continuous_update=False)
 
 
-def demo(path: str | Path) -> Panel:
+def demo(path: str | Path, compile: Compile = "auto") -> Panel:
     """A panel that samples with the model called `path`, class- or text-conditional; show it as a cell's last line.
 
+    `compile` "on" pays when many pictures are drawn; "auto" compiles only where one drawing takes minutes.
+
     Raises:
-        InputError: there is no such model, it is damaged, or its text encoder is missing.
+        InputError: there is no such model, it is damaged, its text encoder is missing, or torch.compile does not work.
     """
-    return Panel(open_run(path), str(path))
+    return Panel(open_run(path, compile), str(path))

@@ -29,6 +29,7 @@ from ..signals import STOP_SIGNALS
 
 LISTED = 2**22  # images; the order of a larger data set is computed image by image, a list would fill every worker
 SHARED_MEMORY = Path("/dev/shm")  # through which Linux processes hand tensors to one another
+CACHED = 2**17  # numbers that a CPU draws at once: they and what leads to them fit its cache
 PREFETCH = 2  # batches that each process loads ahead
 # the intervals of a path that shortcut distillation trains: those of 1, 2, 4 and 8 steps, the whole path twice
 SHORTCUTS = ((0, 1), *((k / n, (k + 1) / n) for n in (1, 2, 4, 8) for k in range(n)))
@@ -85,14 +86,16 @@ def _torch_numbers(
     seed: int, step: int, positions: range, shape: tuple[int, int, int], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normal [B, C, H, W] and [B], uniform [B, 4], from torch's generators, which differ between devices."""
-    noise, normals, uniforms = [], [], []
-    for position in positions:
+    noise, normals, uniforms = (torch.empty(len(positions), *one, device=device) for one in (shape, (), (4,)))
+    of_images = zip(positions, noise, normals, uniforms[:, :2], uniforms[:, 2:3], uniforms[:, 3:], strict=True)
+    for position, one_noise, one_normal, two, third, fourth in of_images:
         g = generator(device, seed, Purpose.TRAINING_STEP, step, position)
-        normals.append(torch.randn((), generator=g, device=device))
-        two = torch.rand(2, generator=g, device=device)
-        noise.append(torch.randn(shape, generator=g, device=device))
-        uniforms.append(torch.cat((two, *(torch.rand(1, generator=g, device=device) for _ in range(2)))))
-    return torch.stack(noise), torch.stack(normals), torch.stack(uniforms)
+        one_normal.normal_(generator=g)  # each call is one draw, so none may be joined or change its place
+        two.uniform_(generator=g)
+        one_noise.normal_(generator=g)
+        third.uniform_(generator=g)
+        fourth.uniform_(generator=g)
+    return noise, normals, uniforms
 
 
 def _philox_numbers(
@@ -104,7 +107,8 @@ def _philox_numbers(
     )  # not copied: a GPU would wait
     bits = functools.partial(random_bits, seed, Purpose.TRAINING_STEP, step)
     few = bits(0, images, 5)  # [B, 5]
-    pieces = images.split(1 if device.type == "cpu" else len(images))  # one image fits a CPU's cache
+    together = max(1, CACHED // math.prod(shape)) if device.type == "cpu" else len(images)
+    pieces = images.split(together)
     noise = torch.cat([normal(bits(1, piece, math.prod(shape))) for piece in pieces])
     return noise.view(-1, *shape), normal(few[:, 0]).double(), uniform(few[:, 1:])
 

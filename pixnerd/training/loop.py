@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..checkpoints import classes_of, leaders_checkpoint, load_training_state, save_checkpoint
+from ..compiling import check_compiler, compile_regions
 from ..conditions import Conditions, training_conditions
 from ..config import TrainConfig
 from ..data import ImageDataset
 from ..differences import differences
 from ..distributed import World, bare, check_sharding, exchange_gradients, join, local_part, replicate, shard
 from ..errors import InputError, NonFiniteLoss, WriteError
-from ..fields import NeuralFieldHead
 from ..model import PatchDenoiser
 from ..model_config import check_triton
 from ..model_source import ModelSource, find_model
@@ -101,18 +101,6 @@ def train(config: TrainConfig, device: torch.device | None = None) -> Iterator[S
         if world.leads:
             run.begin(config, None if conditions.num_classes is None else dataset.classes)
     return _train(job, checkpoint)
-
-
-def check_compiler(device: torch.device) -> None:
-    """Raise InputError unless torch.compile works, which needs a C++ compiler."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
-    except Exception as error:  # a missing compiler, header or Triton: each raises its own
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"torch.compile does not work on this machine ({reason}): "
-            "install a C++ compiler such as g++, or train with --compile off"
-        ) from error
 
 
 def check_gpu(device: torch.device) -> None:
@@ -277,19 +265,6 @@ def build_state(job: Job, checkpoint: Path | None) -> TrainingState:
         for network in (model, *job.objective.asked):
             compile_regions(network)
     return TrainingState(models, replicate(model, world), optimizer, step, step)
-
-
-def compile_regions(model: PatchDenoiser) -> None:
-    """torch.compile each repeated part separately: as fast as the whole model at once, and compiled only once.
-
-    Two graphs in all, one of a block and one of the head. torch would cut a block's graph wherever one of DDP's buckets
-    of gradients ends; the blocks are pieces enough to send gradients while others are computed.
-    """
-    torch._dynamo.config.optimize_ddp = False
-    for block in model.blocks:
-        block.compile()
-    if isinstance(model.head, NeuralFieldHead):
-        model.head.decode = torch.compile(model.head.decode, dynamic=False)  # once per decoded size
 
 
 # --- the steps -------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from pixnerd.distributed import ALONE, World
 from pixnerd.errors import WriteError
 from pixnerd.model import PixNerd
 from pixnerd.plain import network
-from pixnerd.randomness import Purpose, derived_seed, normal, permuted, random_bits
+from pixnerd.randomness import Purpose, derived_seed, generator, normal, permuted, random_bits
 from pixnerd.runs import Run
 from pixnerd.text import TextModelConfig
 from pixnerd.training import NonFiniteLoss, TrainConfig, draw_step, step_indices, step_size, train
@@ -268,6 +268,29 @@ def test_philox_draws_are_those_of_its_numbers():
     assert draws.flipped.equal(shares[:, 1] < 0.5)
     torch.testing.assert_close(draws.caption, shares[:, 2].float(), rtol=0, atol=2**-24)
     assert {draw.dtype for draw in (draws.noise, draws.t, draws.caption)} == {torch.float32}
+
+
+def test_torch_draws_are_one_after_another_from_the_generator_of_an_image():
+    """Joined or in another order they would be other numbers, and a resumed run another run."""
+    config = config_for("unused", seed=4, time_shift=2.0, label_dropout=0.4, horizontal_flip=True)
+    draws = draw_step(config, 9, range(16, 24), (3, 4, 4), CPU)
+    for row, position in enumerate(range(16, 24)):
+        g = generator(CPU, 4, Purpose.TRAINING_STEP, 9, position)
+        u = torch.sigmoid(torch.randn((), generator=g))
+        drop, flip = torch.rand(2, generator=g)
+        assert draws.noise[row].equal(torch.randn(3, 4, 4, generator=g))
+        assert draws.caption[row] == torch.rand(1, generator=g)
+        torch.testing.assert_close(draws.t[row], u / (u + (1 - u) * 2))
+        assert (draws.dropped[row], draws.flipped[row]) == (drop < 0.4, flip < 0.5)
+
+
+@pytest.mark.parametrize("cached", [1, 100, 2**17])
+def test_how_many_images_are_drawn_at_once_changes_nothing(monkeypatch, cached):
+    """None whole, two of 48 numbers, all eight."""
+    monkeypatch.setattr("pixnerd.training.batches.CACHED", cached)
+    noise = draw_step(config_for("unused", noise="philox", seed=4), 9, range(16, 24), (3, 4, 4), CPU).noise
+    one_by_one = [random_bits(4, Purpose.TRAINING_STEP, 9, 1, torch.tensor([place]), 48) for place in range(16, 24)]
+    assert noise.equal(normal(torch.cat(one_by_one)).view(8, 3, 4, 4))
 
 
 def test_every_image_once_an_epoch_and_resuming_keeps_the_order():
@@ -929,6 +952,16 @@ def test_without_a_compiler_there_is_no_run(tmp_path, monkeypatch):
     ):
         train(config_for(tmp_path / "run", compile="on"), CPU)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True)])
+def test_a_gpus_images_are_loaded_ahead_into_pinned_memory(monkeypatch, device, pinned):
+    """Only from there does the CPU go on while they are copied."""
+    seen = {}
+    monkeypatch.setattr("pixnerd.training.batches.DataLoader", lambda *_, **options: seen.update(options) or ())
+    config = config_for("unused", workers=2)
+    assert not list(step_batches(config, {}, Labels(10), 0, World(0, 1, torch.device(device))))
+    assert (seen["pin_memory"], seen["num_workers"], seen["prefetch_factor"]) == (pinned, 2, 2)
 
 
 def test_too_little_shared_memory_is_said_before_the_run(tmp_path, monkeypatch):
