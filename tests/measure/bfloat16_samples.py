@@ -32,7 +32,7 @@ def main() -> None:
     float32_output = OutputLinear.forward
     print("| solver, steps | precision | 1000 · KID | precision | recall |\n|---|---|---|---|---|", flush=True)
     for solver, steps in SETTINGS:
-        options = dataclasses.replace(config.sampling, solver=solver, steps=steps)
+        options = dataclasses.replace(config.sampling, solver=solver, steps=steps, shift=1.0)
         for name, (autocast, output) in PRECISIONS.items():
             OutputLinear.forward = float32_output if output else nn.Linear.forward
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

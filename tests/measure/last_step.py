@@ -32,7 +32,7 @@ def samples(run: Run, count: int, solver: str, steps: int, way: str) -> torch.Te
     told = model_conditions(network, config, torch.device("cpu"))
     subjects = told.subjects(config.data, SIZE)
     chosen = torch.randperm(len(subjects), generator=torch.Generator().manual_seed(0)).repeat(count)[:count]
-    settings = dataclasses.replace(config.sampling, solver=solver, steps=steps)
+    settings = dataclasses.replace(config.sampling, solver=solver, steps=steps, shift=1.0)
     model.MIN_REMAINING_TIME = 0.05 if way == "clamp" else 1e-4
     found = []
     for batch in torch.arange(count).split(BATCH):
