@@ -32,15 +32,17 @@ def power_decay(width: float, step: int) -> float:
 def synthesis_weights(steps: list[int], widths: list[float], step: int, width: float) -> list[float]:
     """How much of each kept average, of the given step and width, makes the average of one more step and width.
 
-    The combination whose profile is nearest to the wanted one, as the integral of the squared difference. Raises
-    InputError without a kept average.
+    The combination whose profile is nearest to the wanted one, as the integral of the squared difference, among those
+    whose shares add up to 1: with few kept averages the nearest of all would shrink the weights. Raises InputError
+    without a kept average.
     """
     if not steps:
         raise InputError("there are no averages with power-function profiles to combine")
     t, g = np.array(steps, float), np.array([exponent(value) for value in widths])
-    overlaps = _overlap(t[:, None], g[:, None], t, g)
-    wanted = _overlap(t, g, np.array(float(step)), np.array(exponent(width)))
-    return np.linalg.lstsq(overlaps, wanted, rcond=None)[0].tolist()
+    overlaps = np.ones((len(t) + 1, len(t) + 1))  # the last row and column: the sum, and its Lagrange multiplier
+    overlaps[:-1, :-1], overlaps[-1, -1] = _overlap(t[:, None], g[:, None], t, g), 0
+    wanted = np.append(_overlap(t, g, np.array(float(step)), np.array(exponent(width))), 1)
+    return np.linalg.lstsq(overlaps, wanted, rcond=None)[0][:-1].tolist()
 
 
 def _overlap(t_1: np.ndarray, g_1: np.ndarray, t_2: np.ndarray, g_2: np.ndarray) -> np.ndarray:

@@ -50,8 +50,14 @@ def test_another_width_is_made_from_two(width, error):
     weights = synthesis_weights([step for step, _ in kept], [w for _, w in kept], steps, width)
     found = sum(weight * values[w][step - 1] for weight, (step, w) in zip(weights, kept, strict=True))
     assert found == pytest.approx(followed(path, width)[-1], abs=error)
-    assert sum(weights) == pytest.approx(1, abs=0.01)
+    assert sum(weights) == pytest.approx(1)
     assert abs(found - values[0.1][-1]) > 2 * error  # the averages themselves are further away
+
+
+@pytest.mark.parametrize("width", [0.02, 0.28])
+def test_few_kept_averages_leave_a_weight_that_never_changes_as_it_is(width):
+    """However far the profile that they make is from the wanted one."""
+    assert sum(synthesis_weights([50, 50, 100, 100], [0.05, 0.1, 0.05, 0.1], 100, width)) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("width", [0.0, -0.1, 0.3, float("nan")])
