@@ -324,7 +324,8 @@ class EvaluationConfig:
     draw: Index = 0
     """number of images to sample with the model; 0 measures the existing images"""
     classes: Literal["equal", "random"] = "equal"
-    """classes or captions of the sampled images: equally many of each, or random ones"""
+    """classes or captions of the sampled images: equally many of each, of more than there are images evenly spread
+    ones, or random ones"""
     average: str = "ema"
     """weights to sample with: ema, ema-DECAY, power-WIDTH or model"""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

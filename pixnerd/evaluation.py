@@ -189,7 +189,10 @@ class Samples:
         if run and self.conditions.subject == "class" and self.reference == run_config.data and run.classes():
             run.check_classes(data.open_data_set(self.reference, self.image_size).classes)
         self.subjects: Sequence[Subject] = self.conditions.subjects(self.reference, self.image_size)
-        self.labels = torch.arange(config.draw) % len(self.subjects)  # [images], indices of subjects
+        known = len(self.subjects)
+        images = torch.arange(config.draw)
+        # [images], indices of subjects: each in turn, or fewer than all evenly spread, since neighbours may be alike
+        self.labels = images % known if config.draw >= known else images * known // config.draw
         if config.classes == "random":
             chosen_by = torch.Generator().manual_seed(config.seed)
             self.labels = torch.randint(len(self.subjects), (config.draw,), generator=chosen_by)

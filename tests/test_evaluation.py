@@ -15,12 +15,14 @@ from pixnerd.cli import main
 from pixnerd.config import EvaluationConfig, SamplingConfig
 from pixnerd.data.pictures import read_pixels
 from pixnerd.distributed import World
+from pixnerd.evaluation import Samples
 from pixnerd.evaluation import evaluate as measure
 from pixnerd.frozen.efficientnet import EfficientNet
 from pixnerd.frozen.inception import Inception
 from pixnerd.metrics import features
 from pixnerd.metrics.features import collect, compare, own_batches
 from pixnerd.metrics.images import open_images
+from pixnerd.model_source import find_model
 from pixnerd.runs import Run
 from pixnerd.training import train
 
@@ -250,6 +252,22 @@ def test_samples_are_measured_once_and_can_be_kept(run, reference, tmp_path, mon
     evaluate(*command)
     assert f"KID-EffLite0 {row['scores']['KID-EffLite0']:.4g}" in capsys.readouterr().out
     assert run.metrics()["evaluations"] == [row]
+
+
+def test_fewer_images_than_classes_are_spread_over_them(run):
+    """Neighbours may be alike: the first hundred emoji are faces."""
+    source = find_model(run.folder).settled()
+    model = source.load()
+    known = model.num_classes
+
+    def labels(draw):
+        return Samples(EvaluationConfig(str(run.folder), draw=draw), source, ALONE, model).labels.tolist()
+
+    assert labels(2 * known + 1) == [*range(known), *range(known), 0]
+    assert labels(known) == list(range(known))
+    few = labels(known // 2)
+    assert few == list(range(0, known, 2))
+    assert len(few) > 1
 
 
 def test_features_of_the_reference_are_computed_once(run, reference, tmp_path, monkeypatch):
