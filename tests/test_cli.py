@@ -1,6 +1,9 @@
 import argparse
 import dataclasses
+import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from pixnerd import data, load
+from pixnerd import InputError, data, load
 from pixnerd.cli import main, parse
 from pixnerd.config import SamplingConfig
 from pixnerd.recipes import RECIPES
 from pixnerd.runs import Run
 
+ROOT = Path(__file__).parents[1]
 TINY = ["--data", "synthetic", "--size", "nano/8", "--model.image-size", "16", "--batch-size", "4", "--log-every", "2"]
 
 
@@ -235,7 +239,7 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     """As in `pixnerd … | head`, with a pipe that nobody reads any more."""
     read, write = os.pipe()
     os.close(read)
-    study = Path(__file__).parents[1] / "notebooks/studies/noise.yaml"
+    study = ROOT / "notebooks/studies/noise.yaml"
     command = [sys.executable, "-m", "pixnerd", "sweep", str(study), "--list"]
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
@@ -255,3 +259,50 @@ def test_a_checkpoint_with_a_foreign_object_is_named_and_not_loaded(tmp_path, ca
     error = capsys.readouterr().err
     assert "m.ckpt is damaged or not a checkpoint: it holds an object of class argparse.Namespace, and only" in error
     assert error.count("\n") == 1
+
+
+# --- the commands that the texts name --------------------------------------------------------------------------------
+
+
+def texts():
+    """README, the pages and the Markdown of the notebooks, by name."""
+    for path in [ROOT / "README.md", ROOT / "data/README.md", *sorted((ROOT / "notebooks").glob("*.md"))]:
+        yield path.name, path.read_text()
+    for path in sorted((ROOT / "notebooks").rglob("*.ipynb")):
+        cells = json.loads(path.read_text())["cells"]
+        yield path.name, "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
+def commands(text):
+    """The words of each `pixnerd …` in a text's blocks of code, alone or under torchrun, unless some are left out."""
+    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in re.split(r"&&|\||;", line.partition(" # ")[0]):
+                found = re.search(r"(?:^\s*(?:\.venv/bin/)?|-m )pixnerd (.*)", part)
+                if found and "…" not in found[1]:
+                    yield shlex.split(found[1])
+
+
+def refusal(words):
+    """Why a command cannot be read, if it is not because a run is missing."""
+    try:
+        parse(words)
+    except InputError as error:
+        return "" if "does not exist and holds no run" in str(error) else str(error)
+    except SystemExit:
+        return "its flags are wrong"
+
+
+def test_every_command_in_the_texts_can_be_read():
+    """Runs that only a reader has may be missing."""
+    named = [(name, words) for name, text in texts() for words in commands(text)]
+    assert len(named) > 60
+    refused = {name: (words, found) for name, words in named if (found := refusal(words))}
+    assert not refused
+
+
+def test_a_command_with_an_unknown_flag_would_be_found(capsys):
+    text = "```\n.venv/bin/pixnerd sample runs/x --sampling.steps 1  # a sample\npixnerd train …\n```\n`pixnerd plan`"
+    (words,) = commands(text)
+    assert words == ["sample", "runs/x", "--sampling.steps", "1"]
+    assert refusal(words) == "its flags are wrong"
