@@ -136,7 +136,7 @@ def test_the_more_is_recomputed_the_less_is_kept(dtype, text):
 
 @pytest.mark.parametrize(
     ("size", "none", "head", "everything"),
-    [("L/16", 463.2, 301.9, 29.1), ("XL/16", 718.2, 411.4, 48.9)],
+    [("L/16", 463.5, 302.2, 29.1), ("XL/16", 718.2, 411.4, 48.9)],
 )
 def test_published_sizes_keep_bfloat16(size, none, head, everything):
     """MiB per image at 256 pixels. With norms in float32, as CUDA's autocast has them, XL/16 keeps 919, 572, 49."""

@@ -84,7 +84,7 @@ def test_its_arithmetic_is_counted():
     assert one == other > 0
 
 
-@pytest.mark.parametrize(("size", "none", "head"), [("L/16", 333.8, 301.9), ("XL/16", 459.3, 411.4)])
+@pytest.mark.parametrize(("size", "none", "head"), [("L/16", 334.0, 302.2), ("XL/16", 459.3, 411.4)])
 def test_published_sizes_keep_little_more_than_with_recomputation(size, none, head):
     """MiB per image at 256 pixels in bfloat16."""
     with torch.device("meta"):
