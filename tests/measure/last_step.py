@@ -7,6 +7,7 @@ The clamp, 0.05, is that of the training loss; `jump` takes the predicted image 
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -26,18 +27,30 @@ def pooled(network: FrozenNetwork, images: torch.Tensor) -> torch.Tensor:
     return torch.cat([network.pooled(part.expand(-1, 3, -1, -1))["pool"] for part in images.split(BATCH)])
 
 
-def samples(run: Run, count: int, solver: str, steps: int, way: str) -> torch.Tensor:
-    """[count, C, H, W], the subjects in turn, always from the same noise."""
+def real_images(run: Run) -> torch.Tensor:
+    """uint8 [≤ 2000, C, H, W], at random from what a run was trained on."""
+    dataset = data.load(run.config().data, SIZE)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(1))[:2000].tolist()
+    return dataset.batch(order)[0]
+
+
+def trajectories(run: Run, count: int, solver: str, steps: int) -> Iterator[Iterator[sampling.State]]:
+    """Batch by batch, the states of `count` images in even steps: subjects in turn, always from the same noise."""
     config, network = run.config(), load(run.folder)
     told = model_conditions(network, config, torch.device("cpu"))
     subjects = told.subjects(config.data, SIZE)
     chosen = torch.randperm(len(subjects), generator=torch.Generator().manual_seed(0)).repeat(count)[:count]
     settings = dataclasses.replace(config.sampling, solver=solver, steps=steps, shift=1.0)
-    model.MIN_REMAINING_TIME = 0.05 if way == "clamp" else 1e-4
-    found = []
     for batch in torch.arange(count).split(BATCH):
         condition = told.encode([subjects[index] for index in chosen[batch].tolist()])
-        states = sampling.trajectory(network, condition, settings, unconditional=told.nothing, indices=batch.tolist())
+        yield sampling.trajectory(network, condition, settings, unconditional=told.nothing, indices=batch.tolist())
+
+
+def samples(run: Run, count: int, solver: str, steps: int, way: str) -> torch.Tensor:
+    """[count, C, H, W], where a trajectory ends by this way."""
+    model.MIN_REMAINING_TIME = 0.05 if way == "clamp" else 1e-4
+    found = []
+    for states in trajectories(run, count, solver, steps):
         last = JUMP + 1 / steps if way == "jump" else 1  # where the first step from JUMP on, or the last one, ends
         state = next(state for state in states if state.t > last - 1e-9)
         found.append(state.image if way == "jump" else state.x)
@@ -46,9 +59,7 @@ def samples(run: Run, count: int, solver: str, steps: int, way: str) -> torch.Te
 
 def main(folder: str, count: int = 500) -> None:
     run, network = Run(folder), frozen.load("efficientnet")
-    dataset = data.load(run.config().data, SIZE)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(1))[:2000].tolist()
-    real = pooled(network, dataset.batch(order)[0])
+    real = pooled(network, real_images(run))
     print(
         f"| solver, steps | way | 1000 · KID | precision | recall |  {count} samples of {folder}\n|---|---|---|---|---|"
     )
