@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/ready
 # What pixnerd/__init__.py sets, for notebooks and tests that load torch before it
 ifndef OMP_WAIT_POLICY
-export GOMP_SPINCOUNT ?= 5000
+export GOMP_SPINCOUNT ?= 700
 endif
 
 .PHONY: setup quickstart demo explore minilm test lab notebooks exercises diagrams book lint lock

@@ -4,6 +4,7 @@ import ast
 import graphlib
 import importlib
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -186,7 +187,7 @@ def test_every_data_set_and_frozen_network_has_its_file():
 
 @pytest.mark.parametrize(
     ("own", "spin"),
-    [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    [({}, "700"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
     ids=["default", "own spin", "own policy"],
 )
 def test_threads_spin_shortly_unless_the_user_decides(own, spin):
@@ -199,3 +200,30 @@ def test_threads_spin_shortly_unless_the_user_decides(own, spin):
         env=environment, cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == spin
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc's malloc")
+@pytest.mark.parametrize(
+    ("own", "kept"), [({}, True), ({"GLIBC_TUNABLES": "glibc.malloc.tcache_count=7"}, False)], ids=["default", "own"]
+)
+def test_freed_memory_is_used_again_unless_the_user_decides(own, kept):
+    environment = {n: v for n, v in os.environ.items() if not n.startswith("MALLOC_") and n != "GLIBC_TUNABLES"} | own
+    code = """if True:
+        import ctypes, resource
+        import pixnerd
+        libc, size = ctypes.CDLL(None), 64 << 20
+        libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        libc.free.argtypes = [ctypes.c_void_p]
+        libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+        def use():
+            block = libc.malloc(size)
+            libc.memset(block, 1, size)
+            libc.free(block)
+        use()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(4):
+            use()
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / (4 * size))"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    new_pages = float(done.stdout)  # as a share of the four blocks
+    assert new_pages < 0.05 if kept else new_pages > 0.9
