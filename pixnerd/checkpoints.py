@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -34,8 +35,8 @@ def save_model(model: PatchDenoiser, path: Path) -> None:
     save_file(model.state_dict(), path, _about(model))
 
 
-def _about(model: nn.Module) -> dict[str, str]:
-    """The metadata from which `load_model` rebuilds a network; a projector has none."""
+def _about(model: nn.Module | None) -> dict[str, str]:
+    """The metadata from which `load_model` rebuilds a network; other tensors have none."""
     return {"pixnerd": json.dumps(model.about())} if isinstance(model, PatchDenoiser) else {}
 
 
@@ -88,22 +89,28 @@ def save_checkpoint(
     keep: int,
     world: World,
     keep_every: int | None = None,
-) -> Path:
+) -> Future[Path]:
     """Write `folder`/step-N, name it in `latest`, then drop all but the newest `keep`. Every process has to call it.
 
     Checkpoints whose step is a multiple of `keep_every` stay for good.
 
-    The checkpoint is written under a temporary name and renamed when complete, so a reader never sees half of one. The
-    leading process writes everything; for a sharded model, every process writes its own part, and the moving averages
-    are written unsharded beside them, so that sampling need not know how the model was trained. No process returns
-    before the checkpoint is complete: one that ended earlier would make torchrun kill the one that still writes.
+    Training may go on at once: the leading process copies the tensors to the CPU and writes them in a thread. Of a
+    sharded model, every process first writes its own part of weights and optimiser; only the moving averages, which are
+    written unsharded so that sampling need not know how the model was trained, are left to the thread.
+
+    The checkpoint is written under a temporary name and renamed when complete, so a reader never sees half of one.
 
     Args:
         models: file name → model: "model", which `optimizer` trains, its moving averages "ema", …, and, if features are
             aligned, the "projector" trained along with it.
 
+    Returns:
+        What the leading process is writing: its result is the checkpoint's folder, once that is complete, or a
+        WriteError; then what was there before is still there, and no more. In the other processes it is done already.
+        No process may end before it is: torchrun would kill the one that still writes.
+
     Raises:
-        WriteError: in every process, if one of them cannot write; what was there before is still there, and no more.
+        WriteError: in every process, if one of them cannot write its part of a sharded model, or make the folder.
     """
     target = folder / f"step-{step}"
     partial = folder / f".partial-step-{step}"
@@ -112,24 +119,50 @@ def save_checkpoint(
             if world.leads:
                 shutil.rmtree(partial, ignore_errors=True)
                 make_folder(partial)
-        shards, full = 0, {name: model.state_dict() for name, model in models.items()}
+        shards, tensors = 0, {name: model.state_dict() for name, model in models.items()}
         if is_sharded(models["model"]):
             shards = _write_shards(partial / SHARDS, _training_tensors(models, optimizer), world)
-            full = {name: _gathered(model, world) for name, model in models.items() if name != "model"}
-        with world.together():
-            if world.leads:
-                with writing(target):
-                    for name, weights in full.items():
-                        save_file(weights, partial / f"{name}.safetensors", _about(models[name]))
-                    if not shards:
-                        save_file(_optimizer_tensors(models, optimizer), partial / "optimizer.safetensors")
-                    (partial / "state.json").write_text(json.dumps({"step": step, "shards": shards}))
-                    for path in partial.rglob("*"):
-                        sync(path)
-                    _publish(partial, target, keep, keep_every)
+            tensors = {name: _gathered(model, world) for name, model in models.items() if name != "model"}
+        else:
+            tensors["optimizer"] = _optimizer_tensors(models, optimizer)
     except BaseException:
         if world.leads:
             shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if not world.leads:
+        complete: Future[Path] = Future()
+        complete.set_result(target)
+        return complete
+    state = {"step": step, "shards": shards}
+    files = {
+        name: ({key: tensor.to("cpu", copy=True) for key, tensor in part.items()}, _about(models.get(name)))
+        for name, part in tensors.items()
+    }
+    thread = ThreadPoolExecutor(1, "checkpoint")
+    written = thread.submit(_write_checkpoint, partial, target, files, state, keep, keep_every)
+    thread.shutdown(wait=False)
+    return written
+
+
+def _write_checkpoint(
+    partial: Path,
+    target: Path,
+    files: dict[str, tuple[dict[str, Tensor], dict[str, str]]],
+    state: dict[str, int],
+    keep: int,
+    keep_every: int | None,
+) -> Path:
+    """Write name → (tensors, metadata) and the state beside what is in `partial`, then publish it all as `target`."""
+    try:
+        with writing(target):
+            for name, (tensors, about) in files.items():
+                save_file(tensors, partial / f"{name}.safetensors", about)
+            (partial / "state.json").write_text(json.dumps(state))
+            for path in partial.rglob("*"):
+                sync(path)
+            _publish(partial, target, keep, keep_every)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
         raise
     return target
 
@@ -198,7 +231,7 @@ def load_training_state(
                 saved = load_file(path)
             for name, tensor in saved.items():
                 _fill(tensors[f"{file}:{name}"], tensor)
-    return _step(checkpoint)
+    return step_of(checkpoint)
 
 
 def _training_tensors(models: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -258,7 +291,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def check_checkpoint(checkpoint: Path) -> None:
     """Raise InputError unless a checkpoint's files are all there and complete."""
     state = read_json(checkpoint / "state.json", "a checkpoint")
-    if state.get("step") != _step(checkpoint):
+    if state.get("step") != step_of(checkpoint):
         raise InputError(f"{checkpoint} is of step {state.get('step')}, as its state.json says")
     shards = state.get("shards", 0)
     parts = sorted((checkpoint / SHARDS).glob("*.safetensors"))
@@ -278,7 +311,7 @@ def leaders_checkpoint(folder: Path, world: World) -> Path | None:
     """
     with world.together():
         newest = newest_checkpoint(folder) if world.leads else None
-    step = world.from_leader(_step(newest) if newest else -1)
+    step = world.from_leader(step_of(newest) if newest else -1)
     if step < 0:
         return None
     checkpoint = folder / f"step-{step}"
@@ -328,7 +361,8 @@ def _optimizer_tensors(models: dict[str, nn.Module], optimizer: torch.optim.Opti
     return {f"{key}:{names[p]}": value for p, state in optimizer.state.items() for key, value in state.items()}
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The number of completed steps, from a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 

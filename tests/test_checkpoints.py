@@ -36,7 +36,7 @@ def checkpoint(folder, step, seed):
     model(torch.randn(1, 3, 16, 16), torch.rand(1), torch.tensor([0])).sum().backward()
     optimizer.step()
     alone = World(0, 1, torch.device("cpu"))
-    return save_checkpoint(folder, step, {"model": model, "ema": ema}, optimizer, keep=2, world=alone), ema
+    return save_checkpoint(folder, step, {"model": model, "ema": ema}, optimizer, keep=2, world=alone).result(), ema
 
 
 def test_checkpoints_are_complete_and_only_the_newest_are_kept(tmp_path):

@@ -85,7 +85,7 @@ PRESETS = Presets(
         "digits": BenchConfig(
             RECIPES["digits-cpu"].model, "digits-cpu", "digits", batch_size=64, recompute=("none", "head")
         ),
-        "l-short": BenchConfig(L_SHORT, batch_size=1, compile=("off",), rounds=7),
+        "l-short": BenchConfig(L_SHORT, batch_size=1, recompute=("none", "head"), rounds=7),
         # for a GPU, with 32 images and with as many as fit
         "l16": BenchConfig(SIZES["L/16"], precisions=("bfloat16",)),
         "l16-largest": BenchConfig(SIZES["L/16"], precisions=("bfloat16",), largest=True),

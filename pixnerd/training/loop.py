@@ -3,11 +3,13 @@
 `train` is a generator that yields one record per step: the notebook, the command line and the tests share this loop.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import math
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..checkpoints import classes_of, leaders_checkpoint, load_training_state, save_checkpoint
+from ..checkpoints import classes_of, leaders_checkpoint, load_training_state, save_checkpoint, step_of
 from ..compiling import check_compiler, compile_regions
 from ..conditions import Conditions, training_conditions
 from ..config import TrainConfig
@@ -53,7 +55,9 @@ class StepRecord(NamedTuple):
 def train(config: TrainConfig, device: torch.device | None = None) -> Iterator[StepRecord]:
     """Train, or resume the run in `config.out`; yields one StepRecord for each remaining step.
 
-    The caller may stop at any step: the state is then saved, and the same call resumes from there.
+    The caller may stop at any step: the state is then saved, and the same call resumes from there. Checkpoints are
+    written while training goes on: that of a step is complete before the next one is begun, and before the generator
+    yields the last step or ends.
 
     Under torchrun every process calls this and computes its share of every batch; `device` defaults to its own GPU.
 
@@ -215,7 +219,9 @@ class TrainingState:
     step: int = 0
     """steps completed"""
     saved: int = 0
-    """the step of the newest checkpoint"""
+    """the step of the newest complete checkpoint"""
+    writing: Future[Path] | None = None
+    """the checkpoint that is being written, see `save_checkpoint`; in every process or in none"""
     consistent: bool = True
     """False during an update and after a non-finite loss: the state must not be saved then"""
     skipped: int = 0
@@ -319,14 +325,21 @@ def _steps(job: Job, checkpoint: Path | None) -> Iterator[StepRecord]:
                     job.run.log(entry)
                     board.add(entry)
                 state.window = LossWindow()
+            if logs and state.writing is not None and world.from_leader(state.writing.done()):
+                complete_checkpoint(job, state)  # or find out now that it could not be written
             if saves:
                 save(job, state)
+            if state.step == config.steps:
+                complete_checkpoint(job, state)
             yield StepRecord(state.step, loss, lr, state.models["ema"])
     except BaseException as reason:
         together = world.size == 1 or isinstance(reason, GeneratorExit)  # one process cannot save for all
         can_write = not isinstance(reason, WriteError)
         if state.consistent and together and can_write and not (state.window.losses and state.window.first_bad()):
             save(job, state)
+            complete_checkpoint(job, state)
+        elif state.writing is not None:
+            concurrent.futures.wait([state.writing])
         raise
     finally:
         if board is not None:
@@ -395,6 +408,7 @@ def skip_unless_finite(job: Job, state: TrainingState) -> None:
 def stop_at(bad: Bad, job: Job, state: TrainingState) -> NoReturn:
     """Raise NonFiniteLoss, which names the step and the last good checkpoint."""
     state.consistent = False
+    complete_checkpoint(job, state)
     folder, saved, before = job.run.checkpoints, state.saved, max(0, state.skipped - 1)
     kept = f"step {saved} is kept in {folder}" if saved else "there was no checkpoint yet"
     skipped = f", and the {before} steps before it were skipped" if before else ""
@@ -444,8 +458,17 @@ def is_due(config: TrainConfig, step: int, every: int) -> bool:
 
 
 def save(job: Job, state: TrainingState) -> None:
-    """Write a checkpoint of the completed steps, unless one exists."""
+    """Start to write a checkpoint of the completed steps, unless one exists; first complete the one before."""
+    complete_checkpoint(job, state)
     if state.step > state.saved:
         folder, keep, keep_every = job.run.checkpoints, job.config.keep_checkpoints, job.config.keep_every
-        save_checkpoint(folder, state.step, state.models, state.optimizer, keep, job.world, keep_every)
-        state.saved = state.step
+        state.writing = save_checkpoint(folder, state.step, state.models, state.optimizer, keep, job.world, keep_every)
+
+
+def complete_checkpoint(job: Job, state: TrainingState) -> None:
+    """Wait for the checkpoint that is being written. Raises its WriteError, in every process."""
+    if state.writing is None:
+        return
+    written, state.writing = state.writing, None
+    with job.world.together():
+        state.saved = step_of(written.result())

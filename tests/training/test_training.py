@@ -1,11 +1,14 @@
 import contextlib
 import dataclasses
+import errno
 import itertools
 import json
 import math
 import os
 import shutil
 import signal
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pixnerd import InputError, ModelConfig, data, flow, load, plots, training
+from pixnerd import InputError, ModelConfig, checkpoints, data, flow, load, plots, training
 from pixnerd.checkpoints import newest_checkpoint
 from pixnerd.conditions import Labels, training_conditions
 from pixnerd.cost import forward_flops
@@ -162,13 +165,8 @@ def test_one_step_is_adamw_on_the_loss(tmp_path):
 
 
 def test_ema_is_the_weighted_sum_of_all_weights(tmp_path):
-    weights = []
-    config = config_for(tmp_path / "run", steps=6, checkpoint_every=1, keep_checkpoints=6)
-    for record in train(config, CPU):
-        weights.append(load(tmp_path / "run" / "checkpoints" / f"step-{record.step}", weights="model")) if (
-            tmp_path / "run" / "checkpoints" / f"step-{record.step}"
-        ).exists() else None
-    assert len(weights) == 6
+    list(train(config_for(tmp_path / "run", steps=6, checkpoint_every=1, keep_checkpoints=6), CPU))
+    weights = [load(tmp_path / "run" / "checkpoints" / f"step-{step}", weights="model") for step in range(1, 7)]
     expected = weights[0].patch_embed.weight
     for model in weights[1:]:
         expected = 0.9 * expected + 0.1 * model.patch_embed.weight
@@ -918,7 +916,8 @@ def test_a_loss_that_is_not_a_number_is_skipped_too(tmp_path, monkeypatch):
 def test_a_term_that_overflows_never_reaches_a_checkpoint(tmp_path, perceptual_network, weight):
     config = config_for(tmp_path / "run", perceptual=str(perceptual_network), perceptual_weight=weight, steps=2)
     if weight == 0.5:
-        return list(train(config, CPU))
+        assert len(list(train(config, CPU))) == 2
+        return
     with pytest.raises(NonFiniteLoss, match="the gradient of step 1 is not finite; there was no checkpoint yet"):
         list(train(config, CPU))
     assert not list((tmp_path / "run/checkpoints").iterdir())
@@ -1015,6 +1014,44 @@ def test_a_full_disk_ends_the_run_at_its_last_checkpoint(tmp_path, monkeypatch):
         list(records)
     assert attempts == [10]
     assert newest_checkpoint(tmp_path / "run" / "checkpoints").name == "step-5"
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """And what is written is the state after the checkpoint's step, whatever later steps change."""
+    list(train(config_for(tmp_path / "waits", keep_checkpoints=3), CPU))
+    go, write = threading.Event(), checkpoints.save_file
+    monkeypatch.setattr(checkpoints, "save_file", lambda *arguments: (go.wait(5), write(*arguments)))
+    records = train(config_for(tmp_path / "goes on", keep_checkpoints=3), CPU)
+    while next(records).step < 9:
+        pass
+    assert newest_checkpoint(tmp_path / "goes on" / "checkpoints") is None
+    go.set()
+    list(records)
+    for name in ("step-5", "step-10", "step-12"):
+        waited, went_on = (tmp_path / run / "checkpoints" / name for run in ("waits", "goes on"))
+        assert {p.name: p.read_bytes() for p in waited.iterdir()} == {p.name: p.read_bytes() for p in went_on.iterdir()}
+
+
+def test_a_checkpoint_that_could_not_be_written_ends_the_run_at_its_next_log_entry(tmp_path, monkeypatch):
+    write = checkpoints.save_file
+
+    def fill(tensors, path, about):
+        if "step-10" in str(path):
+            raise OSError(errno.ENOSPC, "full")
+        write(tensors, path, about)
+
+    monkeypatch.setattr(checkpoints, "save_file", fill)
+    folder, steps = tmp_path / "run" / "checkpoints", []
+
+    def step_of(record):
+        while (folder / ".partial-step-10").exists():
+            time.sleep(0.01)
+        return record.step
+
+    with pytest.raises(WriteError, match="step-10 cannot be written .No space left on device.: make room there"):
+        steps.extend(step_of(record) for record in train(config_for(tmp_path / "run", log_every=1), CPU))
+    assert steps[-1] == 10
+    assert [path.name for path in folder.glob("*step*")] == ["step-5"]
 
 
 def test_deterministic_lasts_as_long_as_the_run(tmp_path):
