@@ -15,7 +15,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "700")
 
 # glibc returns a large tensor's memory to the kernel when the tensor is freed, and the next one of the same step pays
-# for new, zeroed pages. Here freed memory stays with the process: blocks of up to 256 MiB, and 1 GiB in all.
+# for new, zeroed pages. Here blocks of up to 256 MiB stay with the process, and up to 1 GiB at the end of its heap.
 if platform.libc_ver()[0] == "glibc" and not any(
     name.startswith("MALLOC_") or (name == "GLIBC_TUNABLES" and "malloc" in value) for name, value in os.environ.items()
 ):

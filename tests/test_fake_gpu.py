@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pixnerd import PixNerd, flow, frozen, sampling
+from pixnerd import PixNerd, flow, frozen, randomness, sampling
 from pixnerd.conditions import Labels
 from pixnerd.config import SamplingConfig
 from pixnerd.data import to_uint8
 from pixnerd.distributed import World
 from pixnerd.layers import RMSNorm
+from pixnerd.metrics import statistics
 from pixnerd.model import ModelConfig
+from pixnerd.randomness import Purpose
 from pixnerd.runs import Run
 from pixnerd.solvers import SOLVERS, STUDENT_SOLVER
 from pixnerd.text import TEXT_SIZES, TextPixNerd
@@ -143,14 +145,28 @@ def test_frequency_weighted_loss():
         check_gradients(measured.mean, model)
 
 
-def test_perceptual_loss(efficientnet):
+def test_perceptual_loss(monkeypatch, efficientnet):
+    monkeypatch.setattr(frozen, "load", lambda source, device: efficientnet.to(device))
+    config = TrainConfig(model=MODEL, perceptual="efficientnet")
     with fake_gpu():
         model = class_model()
+        [term] = losses.loss_terms(config, World(0, 1, CUDA))
         image, condition, noise, t = batch_for(model)
         found = flow.loss(model, image, condition, noise, t)
-        distance = losses.PerceptualLoss(efficientnet.to(CUDA))(found.clean, image, t)
-        assert (distance.shape, distance.dtype) == ((2,), torch.float32)
-        check_gradients(found.mean + distance.mean(), model)
+        value = term.value(found, SimpleNamespace(image=image, t=t))
+        assert (value.shape, value.dtype) == ((), torch.float32)
+        check_gradients(found.mean + value, model)
+
+
+def test_a_teachers_tokens_are_kept_in_main_memory():
+    with fake_gpu():
+        cached = losses.CachedTokens(lambda images, grid: images.new_empty(len(images), 4, 8))
+        with CUDA:
+            images = torch.empty(3, 3, 32, 32)
+        for _ in range(2):
+            found = cached(images, (2, 2), "aba")
+            assert (found.shape, found.dtype, found.device.type) == ((3, 4, 8), torch.float32, "cuda")
+        assert [(kept.device.type, kept.dtype) for kept in cached._memory.values()] == [("cpu", BF16)] * 2
 
 
 @pytest.mark.parametrize("teacher", ["dinov2", "efficientnet"])
@@ -167,6 +183,24 @@ def test_alignment_with_a_teacher(monkeypatch, request, teacher):
         assert (target.shape, target.dtype, target.device.type) == ((2, 16, network.features), torch.float32, "cuda")
         value = term.value(found, SimpleNamespace(image=image))
         check_gradients(found.mean + value, model, term.trained)
+
+
+def test_random_draws_are_made_on_the_gpu():
+    with fake_gpu():
+        with CUDA:
+            positions = torch.arange(3)
+        drawn = randomness.normal(randomness.random_bits(0, Purpose.TRAINING_STEP, 1, 0, positions, count=6))
+        assert (drawn.shape, drawn.dtype, drawn.device.type) == ((3, 6), torch.float32, "cuda")
+
+
+def test_statistics_are_computed_on_the_gpu():
+    with fake_gpu():
+        moments = statistics.Moments(4, CUDA)
+        with CUDA:
+            features = torch.empty(8, 4)
+        moments.add(features)
+        found = moments.mean, moments.covariance, statistics.neighbour_distance(features, half=False)
+        assert [(f.shape, f.device.type) for f in found] == [((4,), "cuda"), ((4, 4), "cuda"), ((8,), "cuda")]
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
