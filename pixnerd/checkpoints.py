@@ -119,12 +119,14 @@ def save_checkpoint(
             if world.leads:
                 shutil.rmtree(partial, ignore_errors=True)
                 make_folder(partial)
-        shards, tensors = 0, {name: model.state_dict() for name, model in models.items()}
+        shards, tensors = 0, {}
         if is_sharded(models["model"]):
             shards = _write_shards(partial / SHARDS, _training_tensors(models, optimizer), world)
             tensors = {name: _gathered(model, world) for name, model in models.items() if name != "model"}
-        else:
-            tensors["optimizer"] = _optimizer_tensors(models, optimizer)
+        elif world.leads:
+            live = {name: model.state_dict() for name, model in models.items()}
+            live["optimizer"] = _optimizer_tensors(models, optimizer)
+            tensors = {name: {key: w.to("cpu", copy=True) for key, w in part.items()} for name, part in live.items()}
     except BaseException:
         if world.leads:
             shutil.rmtree(partial, ignore_errors=True)
@@ -134,10 +136,7 @@ def save_checkpoint(
         complete.set_result(target)
         return complete
     state = {"step": step, "shards": shards}
-    files = {
-        name: ({key: tensor.to("cpu", copy=True) for key, tensor in part.items()}, _about(models.get(name)))
-        for name, part in tensors.items()
-    }
+    files = {name: (part, _about(models.get(name))) for name, part in tensors.items()}
     thread = ThreadPoolExecutor(1, "checkpoint")
     written = thread.submit(_write_checkpoint, partial, target, files, state, keep, keep_every)
     thread.shutdown(wait=False)
@@ -257,7 +256,7 @@ def _gathered(model: nn.Module, world: World) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         gathered = full_tensor(tensor)
         if world.leads:
-            weights[name] = gathered.cpu()
+            weights[name] = gathered.to("cpu", copy=True)  # it may be the live tensor
     return weights
 
 
