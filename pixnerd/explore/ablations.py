@@ -4,8 +4,6 @@ The functions work on the index of `index.py`, need neither torch nor widgets, a
 """
 
 import base64
-import contextlib
-import io
 import json
 import re
 import shlex
@@ -14,11 +12,11 @@ from pathlib import Path
 from ..errors import InputError
 from ..files import check_output_file, write_atomically
 from ..studies.compare import Comparison, Row, paired
+from ..studies.sheet import QUALITIES, lossy
 from .index import Entry, Index, index, measure_of
 
 SURE = 0.05  # p up to which a difference is decided, if its interval leaves out 0 as well
 LARGEST = 6_000_000  # bytes of a page
-QUALITIES = (95, 85, 70, 50)  # of WebP, tried in turn where lossless sample sheets are too large for a page
 SOURCE, STYLE = (Path(__file__).with_name(f"ablations.{kind}") for kind in ("js", "css"))
 PAGE = """:root { color-scheme: light dark; background: light-dark(#ffffff, #15181c); }
 body { max-width: 1240px; margin: 0 auto; padding: 20px 20px 0; }
@@ -171,13 +169,8 @@ def with_smaller_pictures(found: Index, quality: int) -> Index:
 
 
 def _smaller(picture: str, quality: int) -> str:
-    from PIL import Image
-
-    content, file = base64.b64decode(picture.partition(",")[2]), io.BytesIO()
-    with contextlib.suppress(OSError):  # what is no picture stays as it is
-        Image.open(io.BytesIO(content)).convert("RGB").save(file, "WEBP", quality=quality, method=6)
-    smaller = f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
-    return smaller if 0 < file.tell() < len(content) else picture
+    smaller = lossy(base64.b64decode(picture.partition(",")[2]), quality)
+    return f"data:image/webp;base64,{base64.b64encode(smaller).decode()}"
 
 
 def export(out: Path, studies: tuple[str, ...] = ()) -> int:

@@ -22,10 +22,12 @@ from ..recipes import RECIPES
 from ..runs import SWEEP, Run
 from .compare import Row
 from .logged import curves_of, rounded
+from .sheet import at_most
 from .study import PlannedRun, Study, configured, expand, read_study
 from .sweep import HARMLESS, check_folders, status_of
 
 RECORDS = Path("data/ablations")
+SHEET_SIZE = 40_000  # bytes; larger sheets are kept in lossy WebP
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ def _write_sheets(folder: Path, recorded: Sequence[PlannedRun]) -> None:
     for name, sheet in sheets.items():
         if sheet.is_file():
             with replacing(folder / name) as partial:
-                partial.write_bytes(sheet.read_bytes())
+                partial.write_bytes(at_most(sheet.read_bytes(), SHEET_SIZE))
 
 
 def _made(done: Sequence[PlannedRun], before: Record | None) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Sixteen samples as one small picture, as a study keeps it of each run. It needs no torch."""
 
+import contextlib
 import io
 import zipfile
 from pathlib import Path
@@ -16,6 +17,7 @@ ROW = 4  # samples beside each other
 LINE = 128  # grey of the lines between them, one pixel wide
 TILE = 64  # larger samples are reduced to about this side
 LARGEST = 2**28  # bytes of samples that are read for a sheet
+QUALITIES = (95, 85, 70, 50)  # of WebP, tried in turn where a lossless sheet is too large
 
 
 def save_sheet(images: np.ndarray, file: Any) -> None:
@@ -26,6 +28,24 @@ def save_sheet(images: np.ndarray, file: Any) -> None:
         top, left = (1 + (side + 1) * step for step in divmod(place, ROW))
         grid[top : top + side, left : left + side] = image
     Image.fromarray(grid).save(file, "WEBP", lossless=True)
+
+
+def lossy(sheet: bytes, quality: int) -> bytes:
+    """A sheet in lossy WebP of a quality from 0 to 100; as it is where that is no smaller, or if it is no picture."""
+    file = io.BytesIO()
+    with contextlib.suppress(OSError):
+        Image.open(io.BytesIO(sheet)).convert("RGB").save(file, "WEBP", quality=quality, method=6)
+    return file.getvalue() if 0 < file.tell() < len(sheet) else sheet
+
+
+def at_most(sheet: bytes, size: int) -> bytes:
+    """A sheet as it is if it has at most `size` bytes, else in the best quality that has, or in the lowest."""
+    kept = sheet
+    for quality in QUALITIES:
+        if len(kept) <= size:
+            break
+        kept = lossy(sheet, quality)
+    return kept
 
 
 def sheet_of_samples(path: Path) -> bytes:

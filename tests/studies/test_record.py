@@ -1,17 +1,21 @@
 """A record is rebuilt to the bytes it had, read back to the rows of the runs, and refused where it is damaged."""
 
 import dataclasses
+import io
 import json
 import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pixnerd import InputError
 from pixnerd.recipes import RECIPES
 from pixnerd.runs import SWEEP, Run
 from pixnerd.studies.record import RECORDS, read_record, rows_of
+from pixnerd.studies.sheet import lossy, save_sheet
 from pixnerd.studies.study import expand, read_study
 
 from .conftest import ROOT, TINY, sweep
@@ -59,6 +63,24 @@ def test_two_runs_become_a_record_and_the_same_one_again(study_file, capsys):
     for made in record.about["made"] or [{}]:
         assert made.keys() == {"pixnerd", "commit", "torch", "machine", "threads", "device"}
     assert folder.joinpath("tiny.yaml").read_text() == path.read_text()
+
+
+def test_a_large_sheet_of_samples_is_recorded_in_lossy_webp(study_file):
+    path = study_file(**HEADS)
+    plan = expand(read_study(path), Path("runs/tiny"))
+    study, pixels = read_study(path), np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), dtype=np.uint8)
+    smooth = np.repeat(np.repeat(pixels[:, ::16, ::16], 16, axis=1), 16, axis=2)
+    for run, images in zip(plan, (pixels, smooth), strict=True):
+        fake(run, study)
+        save_sheet(images, run.folder / "sheet.webp")
+    whole, small = ((run.folder / "sheet.webp").read_bytes() for run in plan)
+    assert len(whole) > 40_000 > len(small)
+    assert sweep(path, "--record") == 0
+    noisy, kept = ((RECORDS / f"tiny/sheets/{run.arm}-seed-0.webp").read_bytes() for run in plan)
+    assert kept == small
+    assert Image.open(io.BytesIO(noisy)).size == (261, 261)
+    assert noisy == lossy(whole, 50)  # the lowest quality is still above 40 kB
+    assert len(noisy) < len(whole) / 3
 
 
 def fake(run, study, **measures):
