@@ -24,9 +24,9 @@ def exponent(width: float) -> float:
     return float(roots.real[np.abs(roots.imag) < 1e-9].max())
 
 
-def power_decay(width: float, step: int) -> float:
-    """The decay (1 − 1/T)^(γ+1) of the update after step T = 1, 2, …, which keeps the profile; 0 after the first."""
-    return (1 - 1 / step) ** (exponent(width) + 1)
+def power_decay(width: float, step: int, since: int = 1) -> float:
+    """The decay (1 − k/T)^(γ+1) of the update after step T = 1, 2, …, k steps since the last; it keeps the profile."""
+    return (1 - since / step) ** (exponent(width) + 1)
 
 
 def synthesis_weights(steps: list[int], widths: list[float], step: int, width: float) -> list[float]:

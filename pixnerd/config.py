@@ -172,6 +172,9 @@ class TrainConfig:
     power_averages: tuple[Positive, ...] = ()
     """widths of averages with power-function profiles, relative to the training so far, such as 0.05 0.1: from two of
     them, kept at several steps, `pixnerd average` makes any other (Karras et al. 2312.02696, section 3)"""
+    average_every: Count = 1
+    """update all averages after every k-th step alone, with the decay of k steps: a k-th of the memory traffic, for
+    averages whose weights are (k − 1) / 2 steps older, of the 10,000 that a decay of 0.9999 looks back"""
 
     # --- losses ---
     time_shift: Positive = 1.0
@@ -282,9 +285,13 @@ class TrainConfig:
         return self.align_block or (6 if isinstance(self.model, TextModelConfig) else 8)
 
     def average_decays(self, step: int) -> dict[str, float]:
-        """Name of each moving average in a checkpoint → its decay in the update after step 1, 2, …"""
+        """Name of each moving average in a checkpoint → its decay in the update after step 1, 2, …; none if not due."""
+        if step > 1 and step % self.average_every:
+            return {}
+        since = min(self.average_every, max(1, step - 1))  # the first update is that after step 1
         fixed = {"ema": self.ema_decay, **{f"ema-{decay:g}": decay for decay in self.extra_ema_decays}}
-        return fixed | {f"power-{width:g}": averages.power_decay(width, step) for width in self.power_averages}
+        powers = {f"power-{width:g}": averages.power_decay(width, step, since) for width in self.power_averages}
+        return {name: decay**since for name, decay in fixed.items()} | powers
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of config.json."""

@@ -7,12 +7,13 @@ from pixnerd import InputError
 from pixnerd.averages import exponent, power_decay, synthesis_weights
 
 
-def followed(values, width):
-    """The average after every step."""
+def followed(values, width, every=1):
+    """The average after every step, updated after every so many."""
     average, found = 0.0, []
     for step, value in enumerate(values, start=1):
-        decay = power_decay(width, step)
-        average = decay * average + (1 - decay) * value
+        if step % every == 0:
+            decay = power_decay(width, step, every)
+            average = decay * average + (1 - decay) * value
         found.append(average)
     return np.array(found)
 
@@ -34,6 +35,16 @@ def test_the_update_keeps_the_profile(width):
     assert shares.sum() == pytest.approx(1)
     profile = (np.arange(1, steps + 1) - 0.5) ** exponent(width)
     np.testing.assert_allclose(shares, profile / profile.sum(), atol=0.05 * shares.max())
+
+
+@pytest.mark.parametrize("every", [4, 10])
+def test_an_update_after_several_steps_gives_each_of_them_its_share(every):
+    """An update gives the weights of its step the shares of all the steps since the last update."""
+    steps, width = 120, 0.1
+    each = np.array([followed(np.eye(steps)[step], width)[-1] for step in range(steps)])
+    shares = np.array([followed(np.eye(steps)[step], width, every)[-1] for step in range(steps)])
+    np.testing.assert_allclose(shares.reshape(-1, every)[:, :-1], 0)
+    np.testing.assert_allclose(shares.reshape(-1, every)[:, -1], each.reshape(-1, every).sum(1), atol=1e-12)
 
 
 def test_the_first_step_is_copied():

@@ -440,7 +440,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 @torch.no_grad()
 def update_averages(models: dict[str, PatchDenoiser], config: TrainConfig, step: int) -> None:
-    """Move every average towards the weights after `step` steps; after the first step it equals them."""
+    """Move every average that is due towards the weights after `step` steps; after the first step it equals them."""
     for name, decay in config.average_decays(step).items():
         average, weights = ([local_part(p) for p in models[which].parameters()] for which in (name, "model"))
         if step == 1:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pixnerd import InputError, ModelConfig, checkpoints, data, flow, load, plots, training
+from pixnerd.averages import exponent
 from pixnerd.checkpoints import newest_checkpoint
 from pixnerd.conditions import Labels, training_conditions
 from pixnerd.cost import forward_flops
@@ -202,6 +203,29 @@ def test_every_average_begins_with_the_weights_after_the_first_step(tmp_path):
             torch.testing.assert_close(second[name][key], expected)
     start = models["model"].state_dict()
     assert not any(weight.equal(start[key]) for key, weight in first["model"].items() if key.startswith("head.out"))
+
+
+def test_averages_of_every_third_step(tmp_path):
+    """Updates after steps 1, 3 and 6, by the decay of the steps since the last; the weights are those of any run."""
+    options = {"extra_ema_decays": (0.5,), "power_averages": (0.1,), "checkpoint_every": 1, "keep_checkpoints": 7}
+    list(train(config_for(tmp_path / "run", average_every=3, steps=7, **options), CPU))
+    list(train(config_for(tmp_path / "other", steps=7, **options), CPU))
+
+    def kept(run, step, name):
+        return load_file(tmp_path / f"{run}/checkpoints/step-{step}/{name}.safetensors")
+
+    gamma = exponent(0.1) + 1
+    expected = {"ema": {3: 0.9**2, 6: 0.9**3}, "ema-0.5": {3: 0.5**2, 6: 0.5**3}}
+    expected["power-0.1"] = {3: (1 / 3) ** gamma, 6: (1 / 2) ** gamma}
+    for name, decays in expected.items():
+        average = kept("run", 1, "model")
+        for step in range(1, 8):
+            weights, found = kept("run", step, "model"), kept("run", step, name)
+            decay = decays.get(step, 1.0)
+            average = {key: decay * average[key] + (1 - decay) * weights[key] for key in weights}
+            for key, weight in weights.items():
+                assert weight.equal(kept("other", step, "model")[key])
+                torch.testing.assert_close(found[key], average[key])
 
 
 noises = pytest.mark.parametrize("noise", ["torch", "philox"])
