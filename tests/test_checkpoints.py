@@ -113,6 +113,20 @@ def test_a_disk_that_fills_up_leaves_the_checkpoints_as_they_were(tmp_path, monk
     assert checkpoint(folder, 2, seed=2)[0].name == "step-2"
 
 
+def test_a_folder_that_cannot_be_tidied_up_does_not_hide_the_full_disk(tmp_path, monkeypatch):
+    def save(*arguments):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    def stubborn(path, ignore_errors=False):
+        if not ignore_errors:
+            raise PermissionError(f"{path} is somebody else's")
+
+    monkeypatch.setattr("pixnerd.checkpoints.save_file", save)
+    monkeypatch.setattr("pixnerd.checkpoints.shutil.rmtree", stubborn)
+    with pytest.raises(WriteError, match="step-2 cannot be written .*: make room there"):
+        checkpoint(tmp_path / "checkpoints", 2, seed=2)
+
+
 def test_a_checkpoint_that_is_retired_while_it_is_read_is_replaced_by_the_newest(tmp_path, monkeypatch):
     """As when `evaluate` loads a model while its run still trains."""
     folder = tmp_path / "run" / "checkpoints"

@@ -160,7 +160,7 @@ def test_sampling_builds_no_graph_and_takes_other_sizes(tiny):
         ([], {}, "at least one class"),
         ([0], {"size": (16, 18)}, "16x18 does not fit"),
         ([0, 1], {"noise": torch.zeros(1, 3, 16, 16)}, "1 images of noise, 2 conditions"),
-        ([0], {"noise": torch.zeros(1, 3, 16, 16), "size": (8, 16)}, "disagree"),
+        ([0], {"noise": torch.zeros(1, 3, 16, 16), "size": (8, 16)}, r"noise of \(16, 16\) pixels disagree"),
         ([0], {"noise": torch.zeros(1, 3, 16, 16), "size": (16, 8)}, "disagree"),
         ([0], {"indices": [0, 1]}, "2 images of noise, 1 conditions, 2 indices"),
     ],
@@ -218,14 +218,18 @@ def test_a_weaker_model_guides(tiny):
     """Autoguidance: the same condition for both models, outside the interval the model alone."""
     weak = randomised(PixNerd(dataclasses.replace(TINY, blocks=1), 5), seed=3).eval()
     labels = torch.tensor([1, 5])
-    x = noise = sample_noise((3, 16, 16), [0, 1])
-    with torch.no_grad():
-        for step in range(4):
-            t = torch.full((2,), step / 4)
-            good, bad = tiny(x, t, labels), weak(x, t, labels)
-            x = x + (bad + 2.5 * (good - bad) if 0.1 < step / 4 < 0.6 else good) / 4
     config = SamplingConfig(4, guidance=2.5, interval=(0.1, 0.6))
-    torch.testing.assert_close(sample(tiny, labels, config, noise=noise, weaker=weak), x, atol=1e-4, rtol=1e-4)
+    for size, base in (((16, 16), None), ((8, 24), (4, 12))):
+        x = sample_noise((3, *size), [0, 1])
+        with torch.no_grad():
+            for step in range(4):
+                t = torch.full((2,), step / 4)
+                good, bad = (network(x, t, labels, base) for network in (tiny, weak))
+                x = x + (bad + 2.5 * (good - bad) if 0.1 < step / 4 < 0.6 else good) / 4
+        options = {"weaker": weak, "size": size, "base_resolution": base}
+        torch.testing.assert_close(sample(tiny, labels, config, **options), x, atol=1e-4, rtol=1e-4)
+        (batch,) = sample_batches(tiny, labels, config, **options)
+        torch.testing.assert_close(batch, x, atol=1e-4, rtol=1e-4)
     with pytest.raises(InputError, match="guide is runs/early, whose model has to be given as well"):
         trajectory(tiny, [0], config=dataclasses.replace(config, guide="runs/early"))
     with pytest.raises(InputError, match="guide is runs/early, but guidance 1 guides nothing"):

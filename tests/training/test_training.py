@@ -31,7 +31,7 @@ from pixnerd.randomness import Purpose, derived_seed, generator, normal, permute
 from pixnerd.runs import Run
 from pixnerd.text import TextModelConfig
 from pixnerd.training import NonFiniteLoss, TrainConfig, draw_step, step_indices, step_size, train
-from pixnerd.training.batches import step_batches
+from pixnerd.training.batches import out_of_reach_of_signals, step_batches
 from pixnerd.training.loop import Job, build_models
 from pixnerd.training.losses import VelocityLoss
 from pixnerd.training.meters import LossWindow, StepPart
@@ -414,7 +414,16 @@ def test_speed_is_that_since_the_last_reading(tmp_path, monkeypatch):
     monkeypatch.setattr(training.meters, "matmul_rate", lambda *_: 1e9)
     monkeypatch.setattr(training.meters.time, "perf_counter", lambda: next(clock))
     meter = training.meters.SpeedMeter(config_for(tmp_path), 10, torch.float32, World(0, 1, CPU))
-    assert [meter.read(8)["images_per_second"] for _ in range(2)] == [4, 2]
+    first, second = (meter.read(8) for _ in range(2))
+    assert (first["images_per_second"], second["images_per_second"]) == (4, 2)
+    utilisation = 4 * meter.flops / 1e9
+    assert first["utilisation"] == round(utilisation, 4) != round(utilisation, 5)
+
+
+def test_a_system_without_signal_masks_loads_with_workers_too(monkeypatch):
+    monkeypatch.delattr(signal, "pthread_sigmask")  # as on Windows
+    with out_of_reach_of_signals(2):
+        pass
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
