@@ -7,6 +7,7 @@ READY := .venv/ready
 # What pixnerd/__init__.py sets, for notebooks and tests that load torch before it
 ifndef OMP_WAIT_POLICY
 export GOMP_SPINCOUNT ?= 700
+export KMP_BLOCKTIME ?= 1
 endif
 
 .PHONY: setup quickstart demo explore minilm test lab notebooks exercises diagrams book lint lock

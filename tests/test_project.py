@@ -187,16 +187,22 @@ def test_every_data_set_and_frozen_network_has_its_file():
 
 @pytest.mark.parametrize(
     ("own", "spin"),
-    [({}, "700"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
-    ids=["default", "own spin", "own policy"],
+    [
+        ({}, "700 1"),
+        ({"GOMP_SPINCOUNT": "7"}, "7 1"),
+        ({"KMP_BLOCKTIME": "200"}, "700 200"),
+        ({"OMP_WAIT_POLICY": "active"}, "None None"),
+    ],
+    ids=["default", "own spin", "own block time", "own policy"],
 )
 def test_threads_spin_shortly_unless_the_user_decides(own, spin):
-    environment = {name: value for name, value in os.environ.items() if not re.match("GOMP_|OMP_", name)} | own
-    code = "import pixnerd, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    environment = {name: value for name, value in os.environ.items() if not re.match("GOMP_|OMP_|KMP_", name)} | own
+    code = "import pixnerd, os; print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('KMP_BLOCKTIME'))"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == spin
+    rule = "spin: ; @echo $${GOMP_SPINCOUNT:-None} $${KMP_BLOCKTIME:-None}"
     done = subprocess.run(
-        ["make", "--no-print-directory", "--eval", "spin: ; @echo $${GOMP_SPINCOUNT:-None}", "spin"],
+        ["make", "--no-print-directory", "--eval", rule, "spin"],
         env=environment, cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == spin
