@@ -132,7 +132,7 @@ def rotate(x: Tensor, rows: int, columns: int) -> Tensor:
     return torch.view_as_real(turned).reshape(x.shape)
 
 
-def dit_block(weights: Weights, name: str, heads: int, x: Tensor, c: Tensor, rows: int, columns: int) -> Tensor:
+def dit_block(weights: Weights, name: str, heads: int, x: Tensor, c: Tensor, grid: tuple[int, int]) -> Tensor:
     batch, tokens, width = x.shape
 
     def split_heads(y: Tensor) -> Tensor:
@@ -142,8 +142,8 @@ def dit_block(weights: Weights, name: str, heads: int, x: Tensor, c: Tensor, row
     shift1, scale1, gate1, shift2, scale2, gate2 = six.chunk(6, dim=-1)
     y = rms_norm(x, weights[f"{name}.norm1.weight"]) * (1 + scale1) + shift1
     q, k, v = linear(weights, f"{name}.attn.qkv", y).chunk(3, dim=-1)
-    q = rotate(rms_norm(split_heads(q), weights[f"{name}.attn.q_norm.weight"]), rows, columns)
-    k = rotate(rms_norm(split_heads(k), weights[f"{name}.attn.k_norm.weight"]), rows, columns)
+    q = rotate(rms_norm(split_heads(q), weights[f"{name}.attn.q_norm.weight"]), *grid)
+    k = rotate(rms_norm(split_heads(k), weights[f"{name}.attn.k_norm.weight"]), *grid)
     attention = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(width // heads), dim=-1)
     y = (attention @ split_heads(v)).transpose(1, 2).reshape(batch, tokens, width)
     x = x + gate1 * linear(weights, f"{name}.attn.proj", y)
@@ -186,7 +186,7 @@ def network(weights: Weights, config: ModelConfig, x: Tensor, t: Tensor, labels:
     time = time_vector(weights, t)
     c = silu(time + weights["label_embed.weight"][labels])
     for block in range(config.blocks):
-        tokens = dit_block(weights, f"blocks.{block}", config.heads, tokens, c, rows, columns)
+        tokens = dit_block(weights, f"blocks.{block}", config.heads, tokens, c, (rows, columns))
     s = silu(time[:, None, :] + tokens).reshape(batch * rows * columns, -1)
     if config.head == "linear":
         decoded = linear(weights, "head.out", s)
