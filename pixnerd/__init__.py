@@ -10,7 +10,7 @@ import platform
 import lazy_loader
 
 # OpenMP's threads wait for one another by spinning. Where another process needs the cores, that keeps them from the
-# very thread that is waited for. A short spin is as fast alone. They read this when torch is loaded.
+# very thread that is waited for. A short spin is as fast alone. The libraries read it when torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "700")  # rounds, of GNU's OpenMP: torch's wheels for Linux
     os.environ.setdefault("KMP_BLOCKTIME", "1")  # milliseconds, of Intel's and LLVM's: conda, macOS

@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..files import check_output_file, write_atomically
 from ..studies.compare import Comparison, Row, paired
 from ..studies.sheet import QUALITIES, lossy
-from .index import Entry, Index, index, measure_of
+from .index import Entry, Index, index, measure_of, picture_url
 
 SURE = 0.05  # p up to which a difference is decided, if its interval leaves out 0 as well
 LARGEST = 6_000_000  # bytes of a page
@@ -169,8 +169,7 @@ def with_smaller_pictures(found: Index, quality: int) -> Index:
 
 
 def _smaller(picture: str, quality: int) -> str:
-    smaller = lossy(base64.b64decode(picture.partition(",")[2]), quality)
-    return f"data:image/webp;base64,{base64.b64encode(smaller).decode()}"
+    return picture_url(lossy(base64.b64decode(picture.partition(",")[2]), quality))
 
 
 def export(out: Path, studies: tuple[str, ...] = ()) -> int:

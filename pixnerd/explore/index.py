@@ -143,7 +143,7 @@ def _recorded(project: Path, left_out: list[Entry]) -> Iterator[Entry]:
                 _add_run(entry, run)
             for arm in entry["settings"]:
                 for sheet in sorted((folder / "sheets").glob(f"{arm}-{study.repeat}-*.webp"))[:1]:
-                    entry["sheets"][arm] = _picture(sheet.read_bytes())
+                    entry["sheets"][arm] = picture_url(sheet.read_bytes())
             yield entry
 
 
@@ -212,7 +212,7 @@ def _add_swept(entry: Entry, project: Path, runs: Sequence[Entry], left_out: lis
             _add_run(entry, _kept(run, number, choices))
             sheet = project / run["where"] / SHEET_FILE
             if _arm(run) not in entry["sheets"] and sheet.is_file():
-                entry["sheets"][_arm(run)] = _picture(sheet.read_bytes())
+                entry["sheets"][_arm(run)] = picture_url(sheet.read_bytes())
         else:
             if number in missing:
                 missing[number] |= {"state": run["state"], "why": run["why"]}
@@ -254,7 +254,8 @@ def _question(file: Path) -> str:
     return " ".join(lines)
 
 
-def _picture(webp: bytes) -> str:
+def picture_url(webp: bytes) -> str:
+    """A picture as the text that an <img> takes for its source."""
     return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"
 
 
@@ -372,7 +373,7 @@ class Reader:
         kept, stamp = self.now[str(folder.relative_to(self.runs))], [name, *stamps[name]]
         if kept.get("sheet", {}).get("stamp") != stamp:
             made = (folder / name).read_bytes() if name == SHEET_FILE else sheet_of_samples(folder / name)
-            kept = kept | {"sheet": {"stamp": stamp, "picture": _picture(made)}}
+            kept = kept | {"sheet": {"stamp": stamp, "picture": picture_url(made)}}
             self.now[str(folder.relative_to(self.runs))] = kept
         return kept["sheet"]["picture"]
 

@@ -14,9 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pixnerd.distributed import default_device
+from pixnerd.model_config import SIZES
+from pixnerd.recipes import RECIPES
 
 ROUNDS = 9
-SIZES = {"digits": (6, 128, 64), "L/16": (22, 1024, 32), "XL/16": (28, 1152, 32), "XL/16, one image": (28, 1152, 1)}
+SETTINGS = [("digits", RECIPES["digits-cpu"].model, 64), ("L/16", SIZES["L/16"], 32), ("XL/16", SIZES["XL/16"], 32)]
+SETTINGS += [("XL/16, one image", SIZES["XL/16"], 1)]
 
 
 def vectors(way: str, c: Tensor, weights: list[Tensor]) -> list[Tensor]:
@@ -34,9 +37,10 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, medians of {ROUNDS}, relative to each"
     )
-    for name, (blocks, width, images) in SIZES.items():
+    for name, model, images in SETTINGS:
+        width = model.width
         c = torch.randn(images, width, device=device, requires_grad=True)
-        each = [torch.randn(6 * width, width, device=device, requires_grad=True) for _ in range(blocks)]
+        each = [torch.randn(6 * width, width, device=device, requires_grad=True) for _ in range(model.blocks)]
         one = [torch.cat(each).detach().requires_grad_()]
         seconds: dict[str, list[float]] = {"each": [], "one": [], "joined": []}
         for _ in range(ROUNDS + 1):

@@ -67,8 +67,9 @@ def test_two_runs_become_a_record_and_the_same_one_again(study_file, capsys):
 
 def test_a_large_sheet_of_samples_is_recorded_in_lossy_webp(study_file):
     path = study_file(**HEADS)
-    plan = expand(read_study(path), Path("runs/tiny"))
-    study, pixels = read_study(path), np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), dtype=np.uint8)
+    study = read_study(path)
+    plan = expand(study, Path("runs/tiny"))
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), dtype=np.uint8)
     smooth = np.repeat(np.repeat(pixels[:, ::16, ::16], 16, axis=1), 16, axis=2)
     for run, images in zip(plan, (pixels, smooth), strict=True):
         fake(run, study)
