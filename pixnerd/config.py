@@ -138,6 +138,12 @@ class TrainConfig:
     """w of the teacher's velocity v_u + w·(v_c − v_u), which the student learns: it samples without guidance"""
     teacher_interval: tuple[float, float] | None = None
     """guide the teacher only at times strictly inside; None: at every time"""
+    teacher_last: Share = 1.0
+    """where the last step of distil=shortcut's teacher begins, which leads straight to the image predicted there: the
+    nearest of the sixteen even times of its steps; 1: the last of them"""
+    paths: Index = 0
+    """paths that distil=shortcut's teacher follows once and keeps under data/paths, in float16; a step shows as many of
+    them as it has images. 0: a step shows new ones, a sixteenth as many, for models of which too few could be kept"""
     fd_networks: tuple[str, ...] = ("efficientnet",)
     """whose features distil=fd and fd_weight compare, by names or files as `perceptual`; several distances are added"""
     fd_decay: Share = 0.999
@@ -262,8 +268,13 @@ class TrainConfig:
             raise InputError(
                 "field_kernel is fused; distil=meanflow differentiates forward, which the kernel cannot: use torch"
             )
-        if self.fd_weight and self.distil != "shortcut":
-            raise InputError(f"fd_weight is {self.fd_weight}; it adds to distil=shortcut, not to {self.distil}")
+        for name, does in (("fd_weight", "adds to"), ("paths", "belongs to")):
+            if (value := getattr(self, name)) and self.distil != "shortcut":
+                raise InputError(f"{name} is {value}; it {does} distil=shortcut, not to {self.distil}")
+        if self.paths and self.decode_sizes:
+            raise InputError(
+                f"paths is {self.paths}; paths are kept of one size and decode_sizes asks for several: take 0"
+            )
         fd = "distil=fd" if self.distil == "fd" else "fd_weight" if self.fd_weight else ""
         if fd and not self.fd_networks:
             raise InputError(f"fd_networks is empty; {fd} compares the features of at least one network")

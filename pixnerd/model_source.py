@@ -23,6 +23,7 @@ from .errors import InputError
 from .files import content_hash, reachable, readable, replacing
 from .recipes import RECIPES, TEXT_256
 from .runs import Run
+from .solvers import time_grid
 
 if TYPE_CHECKING:  # the defaults of a command's flags need no torch
     import torch
@@ -266,11 +267,14 @@ def student_config(teacher: str, recipe: TrainConfig | None = None, **changes: A
     source = find_model(teacher)
     found: dict[str, Any] = {"distil": "shortcut", "teacher": teacher}
     found |= {"teacher_guidance": source.sampling.guidance, "teacher_interval": source.sampling.interval}
+    found["teacher_last"] = time_grid(source.sampling.steps, source.sampling.shift)[-2]
     if source.run is not None:
         own = source.run.config()
         found |= {name: getattr(own, name) for name in TAUGHT}
     found |= changes
     config = recipe or RECIPES["student-cpu"]
+    if found["distil"] != "shortcut":
+        found.setdefault("paths", 0)
     if found["distil"] == "fd":  # it trains no other number of steps
         found.setdefault("sampling", dataclasses.replace(config.sampling, steps=1))
     return dataclasses.replace(config, **found)

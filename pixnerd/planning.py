@@ -22,7 +22,7 @@ from .model_config import Recompute, TextModelConfig
 from .sampling import network_passes
 from .text import build_network
 from .training.batches import SHORTCUTS
-from .training.distillation import LAST, taught, vectors
+from .training.distillation import LAST, path_passes, vectors
 
 GIB = 2**30
 CARDS = {8: 7.8, 12: 11.8, 16: 15.7, 24: 23.6, 80: 79.2}  # GB that a card is sold with → GiB that it reports
@@ -193,12 +193,14 @@ def distillation_cost(config: TrainConfig, model: PatchDenoiser) -> Frozen:
     """
     found = Frozen()
     if config.distil in ("shortcut", "meanflow"):
-        passes = network_passes(taught(config)) / len(SHORTCUTS)
         if config.distil == "meanflow":
             passes = (
                 1 if config.teacher_guidance == 1 else 2
             ) + 3  # with its derivative, as torch counts it, about three
-        teacher = 4 * sum(p.numel() for p in model.parameters())
+        else:  # kept paths are followed once, before the first step
+            followed = config.paths / config.steps / config.batch_size if config.paths else 1 / len(SHORTCUTS)
+            passes = path_passes(config) * followed
+        teacher = 0 if config.paths else 4 * sum(p.numel() for p in model.parameters())
         found += Frozen(passes * cost.forward_flops(model, config.model.image_size), teacher)
     if config.distil == "fd" or config.fd_weight:
         share = 1 if config.distil == "fd" else len(LAST) / len(SHORTCUTS)

@@ -27,6 +27,8 @@ class Purpose(IntEnum):
     SYNTHETIC_IMAGE = 4  # of every data set that is computed
     DECODE_SIZE = 5
     PROJECTOR_WEIGHTS = 6
+    TEACHER_PATH = 7
+    PATH_CHOICE = 8
 
 
 def derived_seed(seed: int, purpose: Purpose, *key: int) -> int:

@@ -151,6 +151,7 @@ RECIPES = Recipes(
         # a few-step student of any small teacher, which brings its data and its network: pixnerd train --teacher RUN
         "student-cpu": TrainConfig(
             out="runs/student",
+            paths=4096,
             steps=2000,
             batch_size=64,
             learning_rate=2e-3,

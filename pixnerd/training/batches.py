@@ -12,7 +12,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,10 +122,12 @@ def shuffled(size: int, seed: int, epoch: int) -> Tensor:
 def step_indices(size: int, config: TrainConfig, step: int, positions: range) -> list[int]:
     """Data set indices of the images at `positions` in a step's global batch: one shuffle after another."""
     numbers = (step * config.batch_size + position for position in positions)  # of images since the first step
-    return [_image_at(size, config.seed, *divmod(number, size)) for number in numbers]
+    return [image_at(size, config.seed, number) for number in numbers]
 
 
-def _image_at(size: int, seed: int, epoch: int, place: int) -> int:
+def image_at(size: int, seed: int, number: int) -> int:
+    """The index in a data set of `size` images of the one that a run shows as its number 0, 1, …"""
+    epoch, place = divmod(number, size)
     if size <= LISTED:
         return int(shuffled(size, seed, epoch)[place])
     return permuted(place, size, derived_seed(seed, Purpose.DATA_ORDER, epoch))
@@ -143,7 +145,10 @@ def step_size(config: TrainConfig, step: int) -> int:
 
 
 class Batch(NamedTuple):
-    """What the model sees in a step, or in a part of one, on the training device."""
+    """What the model sees in a step, or in a part of one, on the training device.
+
+    Intervals of kept paths lead from `noise`, at t, to `image`, at r, and `indices` are the numbers of their paths.
+    """
 
     image: Tensor  # [B, C, H, W] in [−1, 1], mirrored where `flipped`
     condition: Tensor  # [B] labels, or [B, L, F] text features; "none" where they were dropped
@@ -213,7 +218,8 @@ def check_shared_memory(config: TrainConfig, world: World) -> None:
         return
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of the run on this machine
     images = config.batch_size // world.size * (config.workers * PREFETCH + 1) * here
-    needed = images * config.model.channels * max(config.image_sizes) ** 2
+    each = 4 if config.paths else 1  # bytes of a number: two ends of an interval in float16, or an image in uint8
+    needed = images * config.model.channels * max(config.image_sizes) ** 2 * each
     free = shutil.disk_usage(SHARED_MEMORY).free
     if needed > free:
         raise InputError(
@@ -223,7 +229,7 @@ def check_shared_memory(config: TrainConfig, world: World) -> None:
         )
 
 
-def fetched(batches: Iterator[LoadedImages | InputError]) -> Iterator[LoadedImages | InputError]:
+def fetched(batches: Iterator[Any]) -> Iterator[Any]:
     """The batches that other processes load. Raises InputError if one of these has died."""
     try:
         yield from batches
@@ -256,13 +262,10 @@ def out_of_reach_of_signals(workers: int) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def step_batches(
-    config: TrainConfig, datasets: dict[int, ImageDataset], conditions: Conditions, first: int, world: World
-) -> Iterator[Batch]:
-    """This process's batch for each step from `first` on. Raises InputError when an image cannot be read."""
-    positions = world.positions(config.batch_size)
+def load_ahead(steps: Dataset, config: TrainConfig, first: int, world: World) -> Iterator[Any]:
+    """What `steps` has for each step from `first` on, loaded by the run's workers. Raises the InputErrors among it."""
     loader = DataLoader(
-        StepImages(datasets, config, positions, conditions.tokenizer),
+        steps,
         batch_size=None,
         sampler=range(first, config.steps),
         num_workers=config.workers,
@@ -271,9 +274,19 @@ def step_batches(
     )
     with out_of_reach_of_signals(config.workers):
         batches = fetched(iter(loader)) if config.workers else iter(loader)
-    for step, loaded in enumerate(batches, start=first):
+    for loaded in batches:
         if isinstance(loaded, InputError):
             raise loaded
+        yield loaded
+
+
+def step_batches(
+    config: TrainConfig, datasets: dict[int, ImageDataset], conditions: Conditions, first: int, world: World
+) -> Iterator[Batch]:
+    """This process's batch for each step from `first` on. Raises InputError when an image cannot be read."""
+    positions = world.positions(config.batch_size)
+    steps = StepImages(datasets, config, positions, conditions.tokenizer)
+    for step, loaded in enumerate(load_ahead(steps, config, first, world), start=first):
         if loaded.tokens is not None and world.leads:
             conditions.warn_of_cut(loaded.indices, loaded.tokens)
         pixels, labels, indices = (tensor.to(world.device, non_blocking=True) for tensor in loaded[:3])

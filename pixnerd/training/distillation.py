@@ -214,13 +214,26 @@ def objective(
     distances = FeatureDistances(config, world, dataset, resumes) if measured else None
     if config.distil == "fd":
         return FrechetLoss(config, distances)
+    if config.paths:
+        return ShortcutLoss(config, None, distances)
     guided = Teacher(teacher, config, conditions.nothing)
     return MeanFlowLoss(config, guided) if config.distil == "meanflow" else ShortcutLoss(config, guided, distances)
 
 
 def taught(config: TrainConfig) -> SamplingConfig:
-    """How shortcut distillation follows its teacher, with the guidance that is distilled."""
+    """How shortcut distillation follows its teacher, with the guidance that is distilled, up to `last_step`."""
     return SamplingConfig(PATH_STEPS, guidance=config.teacher_guidance, interval=config.teacher_interval)
+
+
+def last_step(config: TrainConfig) -> int:
+    """The number, from 0, of the teacher's step that leads straight to the image which is predicted at its start."""
+    return min(round(config.teacher_last * PATH_STEPS), PATH_STEPS - 1)
+
+
+def path_passes(config: TrainConfig) -> int:
+    """The teacher's network passes for one path; a guided evaluation counts as two."""
+    sampling = taught(config)
+    return sum(1 + sampling.guides(step / PATH_STEPS) for step in range(last_step(config) + 1))
 
 
 class Teacher:
@@ -228,23 +241,29 @@ class Teacher:
 
     Args:
         model: the teacher.
-        config: teacher_guidance and teacher_interval are its own.
+        config: teacher_guidance, teacher_interval and teacher_last are its own.
         nothing: what stands for no condition, see Conditions.
     """
 
     def __init__(self, model: PatchDenoiser, config: TrainConfig, nothing: Tensor):
         self.model, self.nothing = model.eval().requires_grad_(False), nothing
-        self.sampling = taught(config)
+        self.sampling, self.last = taught(config), last_step(config)
 
     def path(self, noise: Tensor, condition: Tensor, base_resolution: tuple[int, int] | None) -> Tensor:
         """The path from noise [G, C, H, W] to images, at even times from 0 to 1: [PATH_STEPS + 1, G, C, H, W].
 
+        From its last step on it is straight, as its teacher's samples end where single pixels have not yet gone wrong.
         In float32: what bfloat16 rounds would stay on the path, and the student would learn it.
         """
         options = {"unconditional": self.nothing, "noise": noise, "base_resolution": base_resolution}
+        points = [noise]
         with torch.autocast(noise.device.type, enabled=False):
-            states = trajectory(self.model, condition, self.sampling, **options)
-            return torch.stack([noise, *(state.x for state in states)])
+            for state in trajectory(self.model, condition, self.sampling, **options):
+                if state.step > self.last:
+                    break
+                points.append(state.x)
+            shares = torch.linspace(0, 1, PATH_STEPS - self.last + 1)[1:].tolist()
+            return torch.stack([*points, *(torch.lerp(points[-1], state.image, share) for share in shares)])
 
     @torch.no_grad()
     def velocity(self, x: Tensor, t: Tensor, condition: Tensor, base_resolution: tuple[int, int] | None) -> Tensor:
@@ -265,25 +284,30 @@ class Teacher:
 class ShortcutLoss(Objective):
     """Two half steps are one step, on the teacher's own paths, from its steps up to the one step of the whole path.
 
-    Consecutive images of a batch, as many as SHORTCUTS, are the intervals of one path, which starts at the noise of the
-    first and is told what that is told. The data's images are not used. An error of u counts times the interval's
-    length, so that the errors of all steps from noise to image count alike, however many there are.
+    With a teacher that follows new paths in every step, consecutive images of a batch, as many as SHORTCUTS, are the
+    intervals of one path, which starts at the noise of the first and is told what that is told. Without one, the batch
+    has intervals of kept paths, see KeptPaths. The data's images are not used. An error of u counts times the
+    interval's length, so that the errors of all steps from noise to image count alike, however many there are.
 
     With fd_weight, the images in which paths end, in 1, 2, 4 and 8 steps, also have FD-loss: the teacher says which
     image, the data how sharp.
     """
 
-    def __init__(self, config: TrainConfig, teacher: Teacher, distances: FeatureDistances | None = None):
-        self.teacher, self.base_resolution, self.asked = teacher, base_resolution(config), (teacher.model,)
+    def __init__(self, config: TrainConfig, teacher: Teacher | None, distances: FeatureDistances | None = None):
+        self.teacher, self.base_resolution = teacher, base_resolution(config)
+        self.asked = () if teacher is None else (teacher.model,)
         self.distances, self.weight = distances, config.fd_weight
         self.kept = distances.moments if distances else None
 
     def __call__(self, networks: Networks, part: Batch, tap: int | None) -> FlowLoss:
         group = len(SHORTCUTS)
-        condition = part.condition[::group]  # [G, …]: one for each path
-        x, target = self.intervals(part.noise[::group], condition)
-        condition = condition.repeat_interleave(group, 0)
-        found = regression(networks.trained, x, target, part._replace(condition=condition), self.base_resolution)
+        if self.teacher is None:
+            x, target = part.noise, (part.image - part.noise) / along(part.r - part.t, part.noise)
+        else:
+            condition = part.condition[::group]  # [G, …]: one for each path
+            x, target = self.intervals(part.noise[::group], condition)
+            part = part._replace(condition=condition.repeat_interleave(group, 0))
+        found = regression(networks.trained, x, target, part, self.base_resolution)
         if self.distances is None:
             return found
         images = found.clean.unflatten(0, (-1, group))[:, LAST].flatten(0, 1)

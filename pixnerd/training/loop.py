@@ -33,9 +33,10 @@ from ..randomness import Purpose, derived_seed
 from ..runs import Run
 from ..text import build_network
 from .batches import SHORTCUTS, Batch, check_shared_memory, load_datasets, step_batches
-from .distillation import objective
+from .distillation import Teacher, objective
 from .losses import LossTerm, Networks, Objective, loss_terms
 from .meters import Bad, Board, LossWindow, SpeedMeter, StepPart
+from .paths import KeptPaths
 
 MOST_SKIPPED = 10  # steps in a row without a finite loss and gradient; a run that goes on like this is lost
 
@@ -92,7 +93,10 @@ def train(config: TrainConfig, device: torch.device | None = None) -> Iterator[S
     start = leaders_model(config.start_from or config.teacher, world) if checkpoint is None else None
     with world.together():
         aim = objective(config, world, dataset, conditions, teacher, checkpoint is not None)
-    job = Job(config, run, datasets, conditions, aim, loss_terms(config, world), world, start)
+        paths = None
+        if config.paths:
+            paths = KeptPaths(config, world, dataset, conditions, Teacher(teacher, config, conditions.nothing))
+    job = Job(config, run, datasets, conditions, aim, loss_terms(config, world), world, start, paths)
     with world.together():
         if start is not None and config.start_from:  # else it is the teacher, which was checked
             check_network("start_from", start.load(), config, conditions.num_classes)
@@ -195,6 +199,8 @@ class Job:
     world: World
     start: ModelSource | None = None
     """the weights that a new run starts from; None: random ones"""
+    paths: KeptPaths | None = None
+    """the teacher's paths, where they are kept"""
 
     @property
     def bf16(self) -> bool:
@@ -299,7 +305,11 @@ def _steps(job: Job, checkpoint: Path | None) -> Iterator[StepRecord]:
     config, world = job.config, job.world
     state = build_state(job, checkpoint)
     settled = state.network is state.models["model"]
-    batches = step_batches(config, job.datasets, job.conditions, state.step, world)
+    if job.paths is None:
+        batches = step_batches(config, job.datasets, job.conditions, state.step, world)
+    else:
+        job.paths.complete(job.compiles)
+        batches = job.paths.batches(state.step)
     board = Board(job.run, state.step) if world.leads else None
     speed = SpeedMeter(config, job.conditions.num_classes, torch.bfloat16 if job.bf16 else torch.float32, world)
     try:

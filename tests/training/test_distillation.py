@@ -335,9 +335,8 @@ def trained(tmp_path_factory):
 
 
 def student_for(trained, folder, distil="shortcut", **changes):
-    return student_config(
-        str(trained), None, out=str(folder), distil=distil, steps=12, log_every=4, checkpoint_every=5, **changes
-    )
+    given = {"steps": 12, "log_every": 4, "checkpoint_every": 5, "paths": 0}  # for kept paths see test_paths.py
+    return student_config(str(trained), None, out=str(folder), distil=distil, **(given | changes))
 
 
 def test_a_student_begins_as_its_teacher(trained):

@@ -1,0 +1,176 @@
+"""A teacher's paths, followed once, kept in files, and drawn from by shortcut distillation in every step.
+
+A step of B intervals then shows B paths. Paths that are followed anew for each step have to give it all of their
+intervals, so that a step of 64 shows four.
+
+Dimension letters: B intervals, P paths of a file, T times of a path, C channels, H × W pixels.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ..compiling import compile_regions
+from ..conditions import Conditions
+from ..config import TrainConfig
+from ..data import ImageDataset, cache_folder
+from ..distributed import World
+from ..errors import InputError
+from ..files import make_folder, readable, replacing, write_atomically
+from ..randomness import Purpose, normal, random_bits, uniform
+from .batches import SHORTCUTS, Batch, image_at, load_ahead
+from .distillation import PATH_STEPS, Teacher
+
+PER_FILE = 64  # paths, which the teacher follows at once
+POINTS = 8  # a path's kept points are those at k / 8, since the shortest of SHORTCUTS are eighths
+KEPT = torch.float16  # its rounding, unlike that of a network in bfloat16, is not what all paths have in common
+
+
+class KeptPaths:
+    """The paths of a run, in files that every other student of the same teacher with the same settings finds again.
+
+    Path p is that of image p in the run's order of images, told its label or one of its captions, from noise of its
+    own. All draws are keyed by the seed and p, or the step and the place in its batch, so neither the number of
+    processes nor an interruption changes what is trained.
+
+    Args:
+        config: `paths` says how many.
+        world: the processes of the run, which share the work.
+        dataset: the images, whose labels or captions are shown.
+        conditions: what the model is told.
+        teacher: whose paths are kept.
+
+    Raises:
+        InputError: the number is no multiple of PER_FILE, or the disk has no room for the files.
+        WriteError: the folder cannot be written.
+    """
+
+    def __init__(
+        self, config: TrainConfig, world: World, dataset: ImageDataset, conditions: Conditions, teacher: Teacher
+    ):
+        if config.paths % PER_FILE:
+            raise InputError(
+                f"paths is {config.paths}; {PER_FILE} are kept in a file, so it has to be a multiple of it"
+            )
+        self.config, self.world, self.dataset = config, world, dataset
+        self.conditions, self.teacher = conditions, teacher
+        self.shape = dataset.channels, *(config.model.image_size,) * 2
+        about = {
+            "teacher": config.teacher_content,
+            "guidance": [config.teacher_guidance, config.teacher_interval],
+            "steps": [PATH_STEPS, teacher.last],
+            "shape": self.shape,
+            "data": [config.data, hashlib.sha256(dataset.labels.numpy().tobytes()).hexdigest()[:16]],
+            "shown": config.text_encoder if conditions.subject == "prompt" else "labels",
+            "seed": config.seed,
+        }
+        text = json.dumps(about, indent=1)
+        self.folder = cache_folder() / "paths" / hashlib.sha256(text.encode()).hexdigest()[:16]
+        if world.leads:
+            make_folder(self.folder)
+            write_atomically(self.folder / "about.json", text)
+            self._check_room()
+
+    def file(self, number: int) -> Path:
+        """That of the paths number · PER_FILE and on."""
+        return self.folder / f"{number:05}.safetensors"
+
+    def _missing(self) -> list[int]:
+        return [number for number in range(self.config.paths // PER_FILE) if not self.file(number).exists()]
+
+    def _check_room(self) -> None:
+        each = PER_FILE * (POINTS + 1) * math.prod(self.shape) * KEPT.itemsize
+        needed, free = len(self._missing()) * each, shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise InputError(
+                f"paths is {self.config.paths}, for which {self.folder} needs {needed / 2**30:.1f} GiB, but it has "
+                f"{free / 2**30:.1f} GiB free: take fewer, or make room"
+            )
+
+    def complete(self, compiled: bool) -> None:
+        """Follow the paths whose files are missing, each process its share; `compiled`: with torch.compile.
+
+        Raises:
+            WriteError: a file cannot be written; those that were are kept.
+        """
+        missing = self._missing()
+        if missing and compiled:
+            compile_regions(self.teacher.model)
+        mine = missing[self.world.rank :: self.world.size]
+        for number in tqdm(mine, desc="paths", unit_scale=PER_FILE, unit="path", disable=not self.world.leads):
+            with replacing(self.file(number)) as partial:
+                save_file(self._follow(range(number * PER_FILE, (number + 1) * PER_FILE)), partial)
+        self.world.wait()
+
+    def _follow(self, numbers: range) -> dict[str, Tensor]:
+        """The paths of these numbers: x [P, T, C, H, W], and what they were told."""
+        device, seed = self.world.device, self.config.seed
+        positions = torch.arange(numbers.start, numbers.stop)
+        indices = [image_at(len(self.dataset), seed, number) for number in numbers]
+        choice = uniform(random_bits(seed, Purpose.TEACHER_PATH, 0, 0, positions, 1))[:, 0]
+        noise = normal(random_bits(seed, Purpose.TEACHER_PATH, 0, 1, positions, math.prod(self.shape)))
+        tokens = self.conditions.tokenizer(indices) if self.conditions.tokenizer else None
+        labels = self.dataset.labels[indices]
+        shown = (labels, torch.tensor(indices), torch.zeros(len(numbers), dtype=torch.bool), choice)
+        condition = self.conditions.of_images(*(tensor.to(device) for tensor in shown), tokens)
+        path = self.teacher.path(noise.view(-1, *self.shape).to(device), condition, None)[:: PATH_STEPS // POINTS]
+        return {"x": path.transpose(0, 1).to(KEPT).contiguous().cpu(), "condition": condition.contiguous().cpu()}
+
+    def batches(self, first: int) -> Iterator[Batch]:
+        """This process's intervals for each step from `first` on, from x_t, `noise`, to x_r, `image`."""
+        positions = self.world.positions(self.config.batch_size)
+        place = torch.arange(positions.start, positions.stop) % len(SHORTCUTS)
+        t, r = (torch.tensor(SHORTCUTS)[place].float().to(self.world.device)).unbind(1)
+        steps = StepIntervals(self, positions)
+        for found in load_ahead(steps, self.config, first, self.world):
+            start, end, condition, number = (tensor.to(self.world.device, non_blocking=True) for tensor in found)
+            flipped = torch.zeros_like(number, dtype=torch.bool)
+            yield Batch(end.float(), condition, start.float(), t, number, flipped, r)
+
+
+class Intervals(NamedTuple):
+    """A step's intervals, as the files have them."""
+
+    start: Tensor  # x_t [B, C, H, W]
+    end: Tensor  # x_r [B, C, H, W]
+    condition: Tensor  # [B, …]
+    path: Tensor  # [B], the number of each one's path
+
+
+class StepIntervals(Dataset):
+    """The intervals of each step, indexed by step: those of SHORTCUTS in turn, each of a path of its own."""
+
+    def __init__(self, paths: KeptPaths, positions: range):
+        self.files = [paths.file(number) for number in range(paths.config.paths // PER_FILE)]
+        self.seed, self.count, self.positions = paths.config.seed, paths.config.paths, positions
+        self.opened: dict[int, safe_open] = {}
+
+    def __getitem__(self, step: int) -> Intervals:
+        positions = torch.arange(self.positions.start, self.positions.stop)
+        bits = random_bits(self.seed, Purpose.PATH_CHOICE, step, 0, positions, 1)[:, 0]
+        numbers = bits * self.count >> 32
+        rows = []
+        for position, number in zip(self.positions, numbers.tolist(), strict=True):
+            file, row = divmod(number, PER_FILE)
+            kept, (t, r) = self._file(file), SHORTCUTS[position % len(SHORTCUTS)]
+            x = kept.get_slice("x")
+            rows.append((x[row, round(t * POINTS)], x[row, round(r * POINTS)], kept.get_slice("condition")[row]))
+        start, end, condition = (torch.stack(column) for column in zip(*rows, strict=True))
+        return Intervals(start, end, condition, numbers)
+
+    def _file(self, number: int) -> safe_open:
+        if number not in self.opened:
+            with readable(self.files[number], "is damaged: delete it"):
+                self.opened[number] = safe_open(self.files[number], "pt")
+        return self.opened[number]

@@ -1,0 +1,268 @@
+"""Kept paths: that a step's intervals lie on the teacher's paths, whoever followed these, and whenever."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pixnerd import InputError
+from pixnerd.checkpoints import save_model
+from pixnerd.conditions import Labels
+from pixnerd.config import STUDENT_SAMPLING, SamplingConfig, TrainConfig
+from pixnerd.data import Synthetic
+from pixnerd.distributed import ALONE, World
+from pixnerd.files import WriteError
+from pixnerd.model import PixNerd
+from pixnerd.model_source import find_model, student_config
+from pixnerd.sampling import trajectory
+from pixnerd.training import paths as module
+from pixnerd.training import train
+from pixnerd.training.batches import SHORTCUTS, shuffled
+from pixnerd.training.distillation import ShortcutLoss, Teacher, path_passes
+from pixnerd.training.losses import Networks
+from pixnerd.training.paths import PER_FILE, KeptPaths
+
+from ..conftest import randomised
+from .test_training import MODEL, final_files
+
+CPU = torch.device("cpu")
+NETWORK = dataclasses.replace(MODEL, image_size=16)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIXNERD_DATA", str(tmp_path / "data"))
+    return tmp_path / "data/paths"
+
+
+def config_with(**changes):
+    given = {
+        "distil": "shortcut",
+        "teacher": "t",
+        "teacher_content": "abc",
+        "teacher_guidance": 2.0,
+        "teacher_interval": (0.1, 0.6),
+        "teacher_last": 0.7,
+        "data": "synthetic",
+        "model": NETWORK,
+        "paths": 2 * PER_FILE,
+        "batch_size": 32,
+        "steps": 50,
+        "sampling": STUDENT_SAMPLING,
+    }
+    return TrainConfig(**(given | changes))
+
+
+def kept_paths(config, world=ALONE):
+    dataset = Synthetic(16)
+    conditions = Labels(dataset.num_classes)
+    teacher = Teacher(randomised(PixNerd(NETWORK, dataset.num_classes)), config, conditions.nothing)
+    return KeptPaths(config, world, dataset, conditions, teacher)
+
+
+def world_of(rank, size):
+    """A process's place among others that are not there to wait for."""
+
+    class Place(World):
+        def any(self, flag):
+            return flag
+
+    return Place(rank, size, CPU)
+
+
+# --- the teacher's path ----------------------------------------------------------------------------------------------
+
+
+def test_a_path_is_straight_from_the_teachers_last_step_on():
+    config = config_with()  # 0.7 is nearest to 11/16
+    model = randomised(PixNerd(NETWORK, 10))
+    noise, labels = torch.randn(2, 3, 16, 16), torch.tensor([3, 4])
+    path = Teacher(model, config, torch.tensor(10)).path(noise, labels, None)
+    even = SamplingConfig(16, guidance=2.0, interval=(0.1, 0.6))
+    states = list(trajectory(model, labels, even, noise=noise))
+    assert len(path) == 17
+    assert path[0].equal(noise)
+    for step in range(1, 12):
+        torch.testing.assert_close(path[step], states[step - 1].x)
+    v = model(path[11], torch.full((2,), 11 / 16), labels)  # unguided there
+    for step in range(12, 17):
+        torch.testing.assert_close(path[step], path[11] + (step - 11) / 16 * v, atol=1e-5, rtol=1e-4)
+    whole = Teacher(model, config_with(teacher_last=1.0), torch.tensor(10)).path(noise, labels, None)
+    torch.testing.assert_close(whole[-1], states[-1].x)
+
+
+def test_the_passes_of_a_path_are_counted_as_they_happen():
+    images = []
+    model = randomised(PixNerd(NETWORK, 10))
+    model.register_forward_pre_hook(lambda module, inputs: images.append(len(inputs[0])))
+    for changes in ({}, {"teacher_last": 1.0}, {"teacher_interval": None}, {"teacher_guidance": 1.0}):
+        config = config_with(**changes)
+        Teacher(model, config, torch.tensor(10)).path(torch.randn(1, 3, 16, 16), torch.tensor([3]), None)
+        assert path_passes(config) == sum(images), changes
+        images.clear()
+    assert path_passes(config_with()) == 12 + 8  # of the steps from 0 to 11/16, those from 2/16 to 9/16 are guided
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def test_every_interval_of_a_step_lies_on_a_path_of_its_own():
+    config = config_with()
+    kept = kept_paths(config)
+    kept.complete(compiled=False)
+    batches = [batch for batch, _ in zip(kept.batches(0), range(3), strict=False)]
+    order = shuffled(len(kept.dataset), config.seed, 0)
+    for batch in batches:
+        assert torch.stack((batch.t, batch.r), 1).equal(torch.tensor(SHORTCUTS).float().repeat(2, 1))
+        assert len(batch.indices.unique()) > 24  # of 32 draws from 128
+        assert batch.condition.equal(kept.dataset.labels[order[batch.indices]])
+    batch = batches[0]
+    for file in range(2):
+        x = load_file(kept.file(file))["x"].float()
+        assert x.shape == (PER_FILE, 9, 3, 16, 16)
+        again = kept.teacher.path(x[:, 0], load_file(kept.file(file))["condition"], None)[::2].transpose(0, 1)
+        torch.testing.assert_close(x, again, atol=2e-2, rtol=0)  # the noise was rounded to float16 as well
+        for place, number in enumerate(batch.indices.tolist()):
+            if number // PER_FILE == file:
+                t, r = (round(8 * time) for time in SHORTCUTS[place % 16])
+                assert batch.noise[place].equal(x[number % PER_FILE, t])
+                assert batch.image[place].equal(x[number % PER_FILE, r])
+    numbers = torch.cat([batch.indices for batch in batches])
+    assert (numbers < PER_FILE).any()
+    assert (numbers >= PER_FILE).any()
+    noise = torch.cat([load_file(kept.file(file))["x"][:, 0] for file in range(2)]).float()
+    assert noise.mean().abs() < 0.02
+    assert (noise.std() - 1).abs() < 0.02
+    assert len({row.sum().item() for row in noise}) == len(noise)
+
+
+def test_files_and_batches_are_the_same_for_any_number_of_processes(cache):
+    config = config_with(paths=3 * PER_FILE)
+    alone = kept_paths(config)
+    alone.complete(compiled=False)
+    expected, batch = [alone.file(number).read_bytes() for number in range(3)], next(alone.batches(7))
+    shutil.rmtree(cache)
+    shares = [kept_paths(config, world_of(rank, 2)) for rank in range(2)]
+    shares[0].complete(compiled=False)
+    assert [shares[0].file(number).exists() for number in range(3)] == [True, False, True]
+    shares[1]._missing = lambda: [0, 1, 2]  # as it was when both began
+    shares[1].complete(compiled=False)
+    assert [alone.file(number).read_bytes() for number in range(3)] == expected
+    halves = [next(share.batches(7)) for share in shares]
+    for whole, *parts in zip(batch, *halves, strict=True):
+        assert torch.cat(parts).equal(whole)
+
+
+def test_only_what_is_missing_is_followed(monkeypatch):
+    kept = kept_paths(config_with())
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_file", fail_at_second(module.save_file))
+        with pytest.raises(WriteError, match="No space left"):
+            kept.complete(compiled=False)
+    assert [kept.file(number).exists() for number in range(2)] == [True, False]
+    first = kept.file(0).stat().st_mtime_ns
+    followed = []
+    follow = kept._follow
+    monkeypatch.setattr(kept, "_follow", lambda numbers: followed.append(numbers) or follow(numbers))
+    kept.complete(compiled=False)
+    assert followed == [range(PER_FILE, 2 * PER_FILE)]
+    assert kept.file(0).stat().st_mtime_ns == first
+    kept_paths(config_with()).complete(compiled=False)  # a second student finds them
+    assert len(followed) == 1
+    assert {path.name for path in kept.folder.iterdir()} == {"about.json", "00000.safetensors", "00001.safetensors"}
+
+
+def fail_at_second(save):
+    calls = iter(range(9))
+
+    def saving(tensors, path):
+        if next(calls) == 1:
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    return saving
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"teacher_content": "other"},
+        {"teacher_guidance": 3.0},
+        {"teacher_interval": None},
+        {"teacher_last": 1.0},
+        {"seed": 1},
+    ],
+    ids=str,
+)
+def test_paths_of_other_settings_are_others(changes):
+    mine, other = kept_paths(config_with()), kept_paths(config_with(**changes))
+    assert mine.folder != other.folder
+    assert mine.folder == kept_paths(config_with(steps=7, learning_rate=1.0, paths=5 * PER_FILE)).folder
+    assert json.loads((mine.folder / "about.json").read_text())["teacher"] == "abc"
+
+
+def test_what_cannot_be_kept_is_refused_at_once(monkeypatch):
+    with pytest.raises(InputError, match="paths is 100; 64 are kept in a file, so it has to be a multiple of it"):
+        kept_paths(config_with(paths=100))
+    usage = type("Usage", (), {"free": 2**20})
+    with monkeypatch.context() as patch:
+        patch.setattr(module.shutil, "disk_usage", lambda folder: usage)
+        with pytest.raises(InputError, match=r"paths is 6400, for which .* needs 0.1 GiB, but it has 0.0 GiB free"):
+            kept_paths(config_with(paths=100 * PER_FILE))
+    with pytest.raises(InputError, match="paths is 64; it belongs to distil=shortcut, not to meanflow"):
+        config_with(paths=64, distil="meanflow")
+    with pytest.raises(InputError, match="paths are kept of one size and decode_sizes asks for several"):
+        config_with(decode_sizes=(16, 32))
+    kept = kept_paths(config_with())
+    kept.complete(compiled=False)
+    kept.file(1).write_bytes(b"\0" * 100)
+    with pytest.raises(InputError, match=r"00001.safetensors is damaged: delete it"):
+        list(kept.batches(0))
+
+
+# --- the loss and the run --------------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_kept_intervals_is_that_of_the_same_intervals_followed_anew():
+    config = config_with()
+    kept = kept_paths(config)
+    kept.complete(compiled=False)
+    batch = next(kept.batches(0))
+    student = randomised(PixNerd(dataclasses.replace(NETWORK, student=True), 10), 1)
+    found = ShortcutLoss(config, None)(Networks(student, student), batch, None)
+    for place in (0, 1, 5, 15, 20):
+        path, (t, r) = int(batch.indices[place]), SHORTCUTS[place % 16]
+        stored = load_file(kept.file(path // PER_FILE))
+        noise, condition = stored["x"][path % PER_FILE, :1].float(), stored["condition"][path % PER_FILE][None]
+        points = kept.teacher.path(noise, condition, None)
+        x, u = points[round(16 * t)], (points[round(16 * r)] - points[round(16 * t)]) / (r - t)
+        error = (student(x, torch.tensor([t]).float(), condition, r=torch.tensor([r]).float()) - u).square().mean()
+        assert found.per_image[place].item() == pytest.approx((r - t) * error.item(), rel=2e-2)
+
+
+def test_a_run_with_kept_paths_repeats_resumes_and_takes_its_teachers_last_step(tmp_path, cache):
+    save_model(randomised(PixNerd(NETWORK, 10)), tmp_path / "teacher.safetensors")
+    teacher = str(tmp_path / "teacher.safetensors")
+
+    def config(name, **changes):
+        given = {"data": "synthetic", "model": NETWORK, "teacher_guidance": 1.0, "paths": PER_FILE, "steps": 12}
+        return student_config(teacher, None, out=str(tmp_path / name), checkpoint_every=5, **(given | changes))
+
+    expected = [float(record.loss) for record in train(config("straight"), CPU)]
+    losses = []
+    for stop in (7, None):
+        for record in train(config("resumed"), CPU):
+            losses.append(float(record.loss))
+            if record.step == stop:
+                break
+    assert losses == expected
+    assert final_files(tmp_path / "resumed") == final_files(tmp_path / "straight")
+    assert len(list(cache.iterdir())) == 1  # one folder for both
+    own = find_model(teacher).sampling
+    assert config("x").teacher_last == pytest.approx((own.steps - 1) / own.steps)
+    assert config("x", distil="fd", paths=0).paths == 0
+    learned = [float(record.loss) for record in train(config("learns", steps=80, learning_rate=1e-2), CPU)]
+    assert sum(learned[-10:]) < 0.7 * sum(learned[:10])
