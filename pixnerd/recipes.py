@@ -64,7 +64,7 @@ EMOJI_TEXT = TrainConfig(
     data="emoji",
     model=dataclasses.replace(SIZES["text-micro/8"], prediction="x"),
     text_encoder="minilm",
-    steps=4000,
+    steps=8000,
     batch_size=64,
     learning_rate=2e-3,
     warmup_steps=100,

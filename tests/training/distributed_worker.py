@@ -30,6 +30,12 @@ WAYS = {
     "accumulated": {"accumulate": 2},
     "aligned": {"shard": True, "align": "efficientnet", "align_block": 2},
 }
+STUDENTS = {
+    "shortcut": {},
+    "kept": {"distil": "shortcut", "paths": 192, "workers": 1},
+    "meanflow": {"distil": "meanflow"},
+    "fd": {"distil": "fd"},
+}
 
 
 def config(folder: Path, way: str, several: bool = False) -> TrainConfig:
@@ -138,26 +144,26 @@ def starts(folder: Path) -> None:
         pass
 
 
-def student(folder: Path, distil: str, teacher: Path) -> TrainConfig:
+def student(folder: Path, way: str, teacher: Path) -> TrainConfig:
     return student_config(
         str(teacher),
         config(folder, "replicated", several=True),
-        out=str(folder / distil),
-        distil=distil,
+        out=str(folder / way),
         batch_size=32,
         learning_rate=1e-3,  # at a larger one rounding grows within twenty steps
         extra_ema_decays=(),
         sampling=STUDENT_SAMPLING,
+        **STUDENTS[way],
     )
 
 
 def students(folder: Path) -> None:
     """Students of one teacher in each way of distilling; every process keeps its own weights."""
     world = join(torch.device("cpu"))
-    for distil in ("shortcut", "meanflow", "fd"):
-        for record in train(student(folder, distil, folder / "teacher"), world.device):
+    for way in STUDENTS:
+        for record in train(student(folder, way, folder / "teacher"), world.device):
             last = record
-        torch.save(last.model.state_dict(), folder / f"{distil}-{world.rank}.pt")
+        torch.save(last.model.state_dict(), folder / f"{way}-{world.rank}.pt")
 
 
 def listings(folder: Path) -> None:

@@ -150,21 +150,23 @@ def test_the_leading_process_decides_from_which_checkpoint_a_run_starts(tmp_path
     assert not all(found[name].equal(w) for name, w in load(f"{tmp_path}/first/sharded@1").state_dict().items())
 
 
-def test_two_processes_distil_what_one_distils(tmp_path):
-    """Forward-mode derivatives and moments included; both processes hold the same student, bit for bit."""
+def test_two_processes_distil_what_one_distils(tmp_path, monkeypatch):
+    """Forward-mode derivatives and moments included; both processes hold the same student, bit for bit.
+    Paths that are kept are followed by two processes first, and found by the one."""
+    monkeypatch.setenv("PIXNERD_DATA", str(tmp_path / "data"))
     teacher = replace(distributed_worker.config(tmp_path, "replicated"), out=str(tmp_path / "teacher"), steps=5)
     list(train(teacher, torch.device("cpu")))
     assert torchrun("tests.training.distributed_worker", tmp_path, "students").wait() == 0
-    for distil in ("shortcut", "meanflow", "fd"):
-        first, second = (torch.load(tmp_path / f"{distil}-{rank}.pt") for rank in range(2))
-        assert all(second[name].equal(weight) for name, weight in first.items()), distil
+    for way in distributed_worker.STUDENTS:
+        first, second = (torch.load(tmp_path / f"{way}-{rank}.pt") for rank in range(2))
+        assert all(second[name].equal(weight) for name, weight in first.items()), way
         (tmp_path / "alone").mkdir(exist_ok=True)
-        list(train(distributed_worker.student(tmp_path / "alone", distil, tmp_path / "teacher"), torch.device("cpu")))
-        mine, theirs = (Run(folder / distil).read_log() for folder in (tmp_path / "alone", tmp_path))
+        list(train(distributed_worker.student(tmp_path / "alone", way, tmp_path / "teacher"), torch.device("cpu")))
+        mine, theirs = (Run(folder / way).read_log() for folder in (tmp_path / "alone", tmp_path))
         for one, other in zip(mine, theirs, strict=True):
-            assert other["loss"] == pytest.approx(one["loss"], rel=1e-3), distil
-            assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-2), distil
-        for name, weight in load(tmp_path / "alone" / distil).state_dict().items():
+            assert other["loss"] == pytest.approx(one["loss"], rel=1e-3), way
+            assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-2), way
+        for name, weight in load(tmp_path / "alone" / way).state_dict().items():
             torch.testing.assert_close(first[name], weight, atol=2e-3, rtol=1e-2)
 
 
