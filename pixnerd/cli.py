@@ -94,7 +94,7 @@ class Plan(Train):
     """FLOP/s of each; by default an A100's in the authors' runs"""
 
     def run(self) -> None:
-        from .planning import advice, card_here, cards_table, hours_line, memory_table, plan_run
+        from .planning import advice, card_here, cards_table, hours_line, memory_table, paths_line, plan_run
 
         config = self.config
         if config.batch_size % (self.gpus * config.accumulate):
@@ -107,6 +107,8 @@ class Plan(Train):
         print(advice(found, card))
         print("the most that each GPU computes at once, 0 if not even one image fits:")
         _print_table(cards_table(found))
+        if config.paths:
+            print(paths_line(config))
         print(hours_line(found, self.rate))
 
 

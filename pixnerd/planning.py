@@ -23,6 +23,7 @@ from .sampling import network_passes
 from .text import build_network
 from .training.batches import SHORTCUTS
 from .training.distillation import LAST, path_passes, vectors
+from .training.paths import path_bytes
 
 GIB = 2**30
 CARDS = {8: 7.8, 12: 11.8, 16: 15.7, 24: 23.6, 80: 79.2}  # GB that a card is sold with → GiB that it reports
@@ -261,6 +262,13 @@ def advice(plan: Plan, card: float = CARD) -> str:
         return f"{own}, too much, and no recomputation or accumulation suffices: use more GPUs and --shard"
     ways = [f"--recompute {way.recompute} --accumulate {way.accumulate} ({way.total:.1f} GiB)" for way in fitting]
     return f"{own}, too much; use {' or '.join(ways)}"
+
+
+def paths_line(config: TrainConfig) -> str:
+    """The number of a student's kept paths and their size on the disk, in one line."""
+    model = config.model
+    size = config.paths * path_bytes((model.channels, model.image_size, model.image_size)) / GIB
+    return f"{config.paths:,} paths of the teacher, followed before the first step, take {size:.3g} GiB on the disk"
 
 
 def hours_line(plan: Plan, rate: float = RATE) -> str:

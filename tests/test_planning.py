@@ -10,7 +10,7 @@ from pixnerd import SIZES, frozen
 from pixnerd.cli import main
 from pixnerd.config import STUDENT_SAMPLING, TrainConfig
 from pixnerd.cost import forward_flops, saved_activation_bytes, step_flops
-from pixnerd.planning import CARDS, GIB, POLICIES, advice, cards_table, plan_run, teacher_cost
+from pixnerd.planning import CARDS, GIB, POLICIES, advice, cards_table, paths_line, plan_run, teacher_cost
 from pixnerd.recipes import RECIPES
 from pixnerd.text import build_network
 from pixnerd.training.distillation import total_derivative
@@ -131,6 +131,16 @@ def test_a_students_plan_has_its_teacher():
     weights = sum(p.numel() for p in plain.model.parameters())
     assert plain.frozen.bytes == 4 * weights
     assert plain.fit().state == pytest.approx((20 + 2 + 4) * weights / GIB)
+
+
+def test_a_plan_with_kept_paths_follows_them_once_and_says_what_they_take():
+    anew, kept = student_plan(teacher_guidance=2.0), student_plan(teacher_guidance=2.0, paths=640, steps=100)
+    a_path = anew.frozen.flops * 16
+    assert kept.frozen.flops == pytest.approx(a_path * 640 / (100 * kept.config.batch_size))
+    assert kept.frozen.bytes == 0  # the teacher has gone by the first step
+    gib = 640 * 9 * 2 * 3 * 32**2 / GIB
+    said = f"640 paths of the teacher, followed before the first step, take {gib:.3g} GiB on the disk"
+    assert paths_line(kept.config) == said
 
 
 def test_a_plan_of_meanflow_has_the_derivative():

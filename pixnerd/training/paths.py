@@ -37,6 +37,11 @@ POINTS = 8  # a path's kept points are those at k / 8, since the shortest of SHO
 KEPT = torch.float16  # its rounding, unlike that of a network in bfloat16, is not what all paths have in common
 
 
+def path_bytes(shape: tuple[int, int, int]) -> int:
+    """What a kept path of images [C, H, W] takes on the disk, beside what it was told."""
+    return (POINTS + 1) * math.prod(shape) * KEPT.itemsize
+
+
 class KeptPaths:
     """The paths of a run, in files that every other student of the same teacher with the same settings finds again.
 
@@ -64,7 +69,8 @@ class KeptPaths:
                 f"paths is {config.paths}; {PER_FILE} are kept in a file, so it has to be a multiple of it"
             )
         self.config, self.world, self.dataset = config, world, dataset
-        self.conditions, self.teacher = conditions, teacher
+        self.conditions = conditions
+        self.teacher: Teacher | None = teacher  # until the paths are complete
         self.shape = dataset.channels, *(config.model.image_size,) * 2
         about = {
             "teacher": config.teacher_content,
@@ -90,8 +96,8 @@ class KeptPaths:
         return [number for number in range(self.config.paths // PER_FILE) if not self.file(number).exists()]
 
     def _check_room(self) -> None:
-        each = PER_FILE * (POINTS + 1) * math.prod(self.shape) * KEPT.itemsize
-        needed, free = len(self._missing()) * each, shutil.disk_usage(self.folder).free
+        needed = len(self._missing()) * PER_FILE * path_bytes(self.shape)
+        free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise InputError(
                 f"paths is {self.config.paths}, for which {self.folder} needs {needed / 2**30:.1f} GiB, but it has "
@@ -102,16 +108,17 @@ class KeptPaths:
         """Follow the paths whose files are missing, each process its share; `compiled`: with torch.compile.
 
         Raises:
-            WriteError: a file cannot be written; those that were are kept.
+            WriteError: in every process, if a file cannot be written; those that were are kept.
         """
         missing = self._missing()
         if missing and compiled:
             compile_regions(self.teacher.model)
         mine = missing[self.world.rank :: self.world.size]
-        for number in tqdm(mine, desc="paths", unit_scale=PER_FILE, unit="path", disable=not self.world.leads):
-            with replacing(self.file(number)) as partial:
-                save_file(self._follow(range(number * PER_FILE, (number + 1) * PER_FILE)), partial)
-        self.world.wait()
+        with self.world.together():
+            for number in tqdm(mine, desc="paths", unit_scale=PER_FILE, unit="path", disable=not self.world.leads):
+                with replacing(self.file(number)) as partial:
+                    save_file(self._follow(range(number * PER_FILE, (number + 1) * PER_FILE)), partial)
+        self.teacher = None  # a GPU has other use for the room
 
     def _follow(self, numbers: range) -> dict[str, Tensor]:
         """The paths of these numbers: x [P, T, C, H, W], and what they were told."""

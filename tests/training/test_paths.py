@@ -112,7 +112,9 @@ def test_the_passes_of_a_path_are_counted_as_they_happen():
 def test_every_interval_of_a_step_lies_on_a_path_of_its_own():
     config = config_with()
     kept = kept_paths(config)
+    teacher = kept.teacher
     kept.complete(compiled=False)
+    assert kept.teacher is None
     batches = [batch for batch, _ in zip(kept.batches(0), range(3), strict=False)]
     order = shuffled(len(kept.dataset), config.seed, 0)
     for batch in batches:
@@ -123,7 +125,7 @@ def test_every_interval_of_a_step_lies_on_a_path_of_its_own():
     for file in range(2):
         x = load_file(kept.file(file))["x"].float()
         assert x.shape == (PER_FILE, 9, 3, 16, 16)
-        again = kept.teacher.path(x[:, 0], load_file(kept.file(file))["condition"], None)[::2].transpose(0, 1)
+        again = teacher.path(x[:, 0], load_file(kept.file(file))["condition"], None)[::2].transpose(0, 1)
         torch.testing.assert_close(x, again, atol=2e-2, rtol=0)  # the noise was rounded to float16 as well
         for place, number in enumerate(batch.indices.tolist()):
             if number // PER_FILE == file:
@@ -229,7 +231,9 @@ def test_what_cannot_be_kept_is_refused_at_once(monkeypatch):
 def test_the_loss_of_kept_intervals_is_that_of_the_same_intervals_followed_anew():
     config = config_with()
     kept = kept_paths(config)
+    teacher = kept.teacher
     kept.complete(compiled=False)
+    assert kept.teacher is None
     batch = next(kept.batches(0))
     student = randomised(PixNerd(dataclasses.replace(NETWORK, student=True), 10), 1)
     found = ShortcutLoss(config, None)(Networks(student, student), batch, None)
@@ -237,7 +241,7 @@ def test_the_loss_of_kept_intervals_is_that_of_the_same_intervals_followed_anew(
         path, (t, r) = int(batch.indices[place]), SHORTCUTS[place % 16]
         stored = load_file(kept.file(path // PER_FILE))
         noise, condition = stored["x"][path % PER_FILE, :1].float(), stored["condition"][path % PER_FILE][None]
-        points = kept.teacher.path(noise, condition, None)
+        points = teacher.path(noise, condition, None)
         x, u = points[round(16 * t)], (points[round(16 * r)] - points[round(16 * t)]) / (r - t)
         error = (student(x, torch.tensor([t]).float(), condition, r=torch.tensor([r]).float()) - u).square().mean()
         assert found.per_image[place].item() == pytest.approx((r - t) * error.item(), rel=2e-2)
