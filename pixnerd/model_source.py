@@ -273,7 +273,7 @@ def student_config(teacher: str, recipe: TrainConfig | None = None, **changes: A
         found |= {name: getattr(own, name) for name in TAUGHT}
     found |= changes
     config = recipe or RECIPES["student-cpu"]
-    if found["distil"] != "shortcut":
+    if found["distil"] != "shortcut" or found.get("decode_sizes"):
         found.setdefault("paths", 0)
     if found["distil"] == "fd":  # it trains no other number of steps
         found.setdefault("sampling", dataclasses.replace(config.sampling, steps=1))

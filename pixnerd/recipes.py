@@ -163,8 +163,7 @@ RECIPES = Recipes(
             ema_decay=0.99,
             recompute="none",
             checkpoint_every=500,
-            # four intervals, from about t = 0, 1/8, 1/4 and 1/2 on; with n a shift of n − 1 makes the last one half
-            sampling=dataclasses.replace(STUDENT_SAMPLING, shift=3.0),
+            sampling=STUDENT_SAMPLING,
         ),
         "student-imagenet": STUDENT,
         "student-imagenet-fd": STUDENT_FD,

@@ -61,9 +61,9 @@ def main(students: list[str]) -> None:
         "teacher, 25 even": ([own.teacher], dataclasses.replace(teacher, steps=25, shift=1.0)),
         "teacher, recipe": ([own.teacher], teacher),
     }
-    for n in STEPS:  # shifted by n − 1, the last step begins at t = ½
-        rows[f"student, {n}"] = (students, dataclasses.replace(own.sampling, steps=n, shift=max(1.0, n - 1.0)))
-    rows |= {f"student, {n} even": (students, dataclasses.replace(own.sampling, steps=n, shift=1.0)) for n in (8, 4)}
+    rows |= {f"student, {n}": (students, dataclasses.replace(own.sampling, steps=n, shift=1.0)) for n in STEPS}
+    for n in (8, 4):  # shifted by n − 1, the last step begins at t = ½
+        rows[f"student, {n} shifted"] = (students, dataclasses.replace(own.sampling, steps=n, shift=n - 1.0))
     print(f"{'':20}{TITLES}   of each: agreement, KID")
     for title, (names, sampling) in rows.items():
         trials = [measure(name, sampling, seed, folder) for name, seed in zip(cycle(names), SEEDS, strict=False)]
