@@ -156,14 +156,23 @@ class Intervals(NamedTuple):
 
 
 class StepIntervals(Dataset):
-    """The intervals of each step, indexed by step: those of SHORTCUTS in turn, each of a path of its own."""
+    """The intervals of each step, indexed by step: those of SHORTCUTS in turn, each of a path of its own.
+
+    An InputError is returned as a value, as by StepImages.
+    """
 
     def __init__(self, paths: KeptPaths, positions: range):
         self.files = [paths.file(number) for number in range(paths.config.paths // PER_FILE)]
         self.seed, self.count, self.positions = paths.config.seed, paths.config.paths, positions
         self.opened: dict[int, safe_open] = {}
 
-    def __getitem__(self, step: int) -> Intervals:
+    def __getitem__(self, step: int) -> Intervals | InputError:
+        try:
+            return self._intervals(step)
+        except InputError as error:
+            return error
+
+    def _intervals(self, step: int) -> Intervals:
         positions = torch.arange(self.positions.start, self.positions.stop)
         bits = random_bits(self.seed, Purpose.PATH_CHOICE, step, 0, positions, 1)[:, 0]
         numbers = bits * self.count >> 32

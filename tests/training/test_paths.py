@@ -221,8 +221,10 @@ def test_what_cannot_be_kept_is_refused_at_once(monkeypatch):
     kept = kept_paths(config_with())
     kept.complete(compiled=False)
     kept.file(1).write_bytes(b"\0" * 100)
-    with pytest.raises(InputError, match=r"00001.safetensors is damaged: delete it"):
-        list(kept.batches(0))
+    for workers in (0, 1):  # a worker's own error would come with its traceback
+        kept.config = config_with(workers=workers)
+        with pytest.raises(InputError, match=r"00001.safetensors is damaged: delete it"):
+            list(kept.batches(0))
 
 
 # --- the loss and the run --------------------------------------------------------------------------------------------
