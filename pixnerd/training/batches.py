@@ -274,10 +274,13 @@ def load_ahead(steps: Dataset, config: TrainConfig, first: int, world: World) ->
     )
     with out_of_reach_of_signals(config.workers):
         batches = fetched(iter(loader)) if config.workers else iter(loader)
-    for loaded in batches:
-        if isinstance(loaded, InputError):
-            raise loaded
-        yield loaded
+    try:
+        for loaded in batches:
+            if isinstance(loaded, InputError):
+                raise loaded
+            yield loaded
+    finally:
+        del batches  # an error keeps this frame, which would keep the workers: at its end the program waits for them
 
 
 def step_batches(

@@ -1,9 +1,11 @@
 import contextlib
 import dataclasses
 import errno
+import gc
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -1012,6 +1014,24 @@ def test_too_little_shared_memory_is_said_before_the_run(tmp_path, monkeypatch):
     config = config_for(tmp_path / "large", workers=2, batch_size=2**20)  # 3,840 MiB; twice that is 7.5 GiB
     with pytest.raises(InputError, match=r"needs 3840 MiB, but it has 100 MiB free: .* --shm-size=8g,"):
         train(config, CPU)
+
+
+def test_no_worker_outlives_an_image_that_cannot_be_read(monkeypatch):
+    """One that did would be waited for at the end of the program, for ever: it is out of reach of signals."""
+    dataset = data.load("synthetic", 16)
+
+    def unreadable(indices):
+        raise InputError("this image is damaged")
+
+    monkeypatch.setattr(dataset, "batch", unreadable)
+    config = config_for("unused", workers=1)
+    gc.disable()  # the error, its traceback and the frames in it refer to one another
+    try:
+        with pytest.raises(InputError, match="this image is damaged"):
+            list(step_batches(config, {16: dataset}, Labels(dataset.num_classes), 0, ALONE))
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
 
 
 def test_a_loader_that_is_killed_is_one_sentence_and_keeps_the_steps(tmp_path, monkeypatch):
