@@ -146,7 +146,7 @@ RECIPES = Recipes(
                 weight_norm="fc1+fc2",
                 output_norm=True,
             ),
-            steps=7000,
+            steps=14_000,
         ),
         # a few-step student of any small teacher, which brings its data and its network: pixnerd train --teacher RUN
         "student-cpu": TrainConfig(

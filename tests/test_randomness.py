@@ -68,7 +68,7 @@ def test_committed_values():
 def test_runs_go_on_with_the_streams_and_the_order_that_they_began_with():
     """Committed values again: a number that changed would change the rest of every run that is resumed."""
     names = ("INITIAL_WEIGHTS", "DATA_ORDER", "TRAINING_STEP", "SAMPLE_NOISE", "SYNTHETIC_IMAGE", "DECODE_SIZE")
-    names += ("PROJECTOR_WEIGHTS",)
+    names += ("PROJECTOR_WEIGHTS", "TEACHER_PATH", "PATH_CHOICE")
     assert {purpose.name: int(purpose) for purpose in Purpose} == {name: i for i, name in enumerate(names)}
     assert derived_seed(3, Purpose.DATA_ORDER, 1, 7) == 2417505972622489752
     assert [permuted(index, 1000, 3) for index in range(6)] == [104, 874, 222, 21, 133, 591]
