@@ -70,9 +70,14 @@ def student_interval(distil: str, t: Tensor, share: Tensor, positions: range) ->
     if distil == "meanflow":
         return t, t + (1 - t) * share
     if distil == "shortcut":
-        place = torch.arange(positions.start, positions.stop, device=t.device) % len(SHORTCUTS)
-        return _shortcut_times(t.device)[place].unbind(1)
+        return shortcut_intervals(positions, t.device)
     return t, t
+
+
+def shortcut_intervals(positions: range, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Starts and ends [B] of the intervals at some positions of a global batch: those of SHORTCUTS in turn."""
+    place = torch.arange(positions.start, positions.stop, device=device) % len(SHORTCUTS)
+    return _shortcut_times(device)[place].unbind(1)
 
 
 @functools.lru_cache(maxsize=4)

@@ -29,7 +29,7 @@ from ..distributed import World
 from ..errors import InputError
 from ..files import make_folder, readable, replacing, write_atomically
 from ..randomness import Purpose, normal, random_bits, uniform
-from .batches import SHORTCUTS, Batch, image_at, load_ahead
+from .batches import SHORTCUTS, Batch, image_at, load_ahead, shortcut_intervals
 from .distillation import PATH_STEPS, Teacher
 
 PER_FILE = 64  # paths, which the teacher follows at once
@@ -137,8 +137,7 @@ class KeptPaths:
     def batches(self, first: int) -> Iterator[Batch]:
         """This process's intervals for each step from `first` on, from x_t, `noise`, to x_r, `image`."""
         positions = self.world.positions(self.config.batch_size)
-        place = torch.arange(positions.start, positions.stop) % len(SHORTCUTS)
-        t, r = (torch.tensor(SHORTCUTS)[place].float().to(self.world.device)).unbind(1)
+        t, r = shortcut_intervals(positions, self.world.device)
         steps = StepIntervals(self, positions)
         for found in load_ahead(steps, self.config, first, self.world):
             start, end, condition, number = (tensor.to(self.world.device, non_blocking=True) for tensor in found)

@@ -29,7 +29,6 @@ from ..conftest import randomised
 from .test_training import MODEL, final_files
 
 CPU = torch.device("cpu")
-NETWORK = dataclasses.replace(MODEL, image_size=16)
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +46,7 @@ def config_with(**changes):
         "teacher_interval": (0.1, 0.6),
         "teacher_last": 0.7,
         "data": "synthetic",
-        "model": NETWORK,
+        "model": MODEL,
         "paths": 2 * PER_FILE,
         "batch_size": 32,
         "steps": 50,
@@ -59,8 +58,17 @@ def config_with(**changes):
 def kept_paths(config, world=ALONE):
     dataset = Synthetic(16)
     conditions = Labels(dataset.num_classes)
-    teacher = Teacher(randomised(PixNerd(NETWORK, dataset.num_classes)), config, conditions.nothing)
+    teacher = Teacher(randomised(PixNerd(MODEL, dataset.num_classes)), config, conditions.nothing)
     return KeptPaths(config, world, dataset, conditions, teacher)
+
+
+def complete_paths(config):
+    """Kept paths with all their files, and the teacher, which they then no longer have."""
+    kept = kept_paths(config)
+    teacher = kept.teacher
+    kept.complete(compiled=False)
+    assert kept.teacher is None
+    return kept, teacher
 
 
 def world_of(rank, size):
@@ -78,7 +86,7 @@ def world_of(rank, size):
 
 def test_a_path_is_straight_from_the_teachers_last_step_on():
     config = config_with()  # 0.7 is nearest to 11/16
-    model = randomised(PixNerd(NETWORK, 10))
+    model = randomised(PixNerd(MODEL, 10))
     noise, labels = torch.randn(2, 3, 16, 16), torch.tensor([3, 4])
     path = Teacher(model, config, torch.tensor(10)).path(noise, labels, None)
     even = SamplingConfig(16, guidance=2.0, interval=(0.1, 0.6))
@@ -96,7 +104,7 @@ def test_a_path_is_straight_from_the_teachers_last_step_on():
 
 def test_the_passes_of_a_path_are_counted_as_they_happen():
     images = []
-    model = randomised(PixNerd(NETWORK, 10))
+    model = randomised(PixNerd(MODEL, 10))
     model.register_forward_pre_hook(lambda module, inputs: images.append(len(inputs[0])))
     for changes in ({}, {"teacher_last": 1.0}, {"teacher_interval": None}, {"teacher_guidance": 1.0}):
         config = config_with(**changes)
@@ -111,10 +119,7 @@ def test_the_passes_of_a_path_are_counted_as_they_happen():
 
 def test_every_interval_of_a_step_lies_on_a_path_of_its_own():
     config = config_with()
-    kept = kept_paths(config)
-    teacher = kept.teacher
-    kept.complete(compiled=False)
-    assert kept.teacher is None
+    kept, teacher = complete_paths(config)
     batches = [batch for batch, _ in zip(kept.batches(0), range(3), strict=False)]
     order = shuffled(len(kept.dataset), config.seed, 0)
     for batch in batches:
@@ -231,12 +236,9 @@ def test_what_cannot_be_kept_is_refused_at_once(monkeypatch):
 
 def test_the_loss_of_kept_intervals_is_that_of_the_same_intervals_followed_anew():
     config = config_with()
-    kept = kept_paths(config)
-    teacher = kept.teacher
-    kept.complete(compiled=False)
-    assert kept.teacher is None
+    kept, teacher = complete_paths(config)
     batch = next(kept.batches(0))
-    student = randomised(PixNerd(dataclasses.replace(NETWORK, student=True), 10), 1)
+    student = randomised(PixNerd(dataclasses.replace(MODEL, student=True), 10), 1)
     found = ShortcutLoss(config, None)(Networks(student, student), batch, None)
     for place in (0, 1, 5, 15, 20):
         path, (t, r) = int(batch.indices[place]), SHORTCUTS[place % 16]
@@ -249,11 +251,11 @@ def test_the_loss_of_kept_intervals_is_that_of_the_same_intervals_followed_anew(
 
 
 def test_a_run_with_kept_paths_repeats_resumes_and_takes_its_teachers_last_step(tmp_path, cache):
-    save_model(randomised(PixNerd(NETWORK, 10)), tmp_path / "teacher.safetensors")
+    save_model(randomised(PixNerd(MODEL, 10)), tmp_path / "teacher.safetensors")
     teacher = str(tmp_path / "teacher.safetensors")
 
     def config(name, **changes):
-        given = {"data": "synthetic", "model": NETWORK, "teacher_guidance": 1.0, "paths": PER_FILE, "steps": 12}
+        given = {"data": "synthetic", "model": MODEL, "teacher_guidance": 1.0, "paths": PER_FILE, "steps": 12}
         return student_config(teacher, None, out=str(tmp_path / name), checkpoint_every=5, **(given | changes))
 
     expected = [float(record.loss) for record in train(config("straight"), CPU)]
@@ -269,6 +271,6 @@ def test_a_run_with_kept_paths_repeats_resumes_and_takes_its_teachers_last_step(
     own = find_model(teacher).sampling
     assert config("x").teacher_last == pytest.approx((own.steps - 1) / own.steps)
     for changes in ({"distil": "fd"}, {"decode_sizes": (16, 32)}):  # for which none can be kept
-        assert student_config(teacher, None, data="synthetic", model=NETWORK, **changes).paths == 0
+        assert student_config(teacher, None, data="synthetic", model=MODEL, **changes).paths == 0
     learned = [float(record.loss) for record in train(config("learns", steps=80, learning_rate=1e-2), CPU)]
     assert sum(learned[-10:]) < 0.7 * sum(learned[:10])
