@@ -353,9 +353,14 @@ class Sweep(Command):
     """make nothing: write the figures of the runs that are done into data/ablations/STUDY"""
     compare: str = ""
     """make nothing: say how the measures differ between the values of this axis, from the runs or from the record"""
+    tune: str = ""
+    """with compare: an axis that is tuned, such as the learning rate; each combination of the others counts with the
+    best value alone, chosen on the seeds that all of its values have"""
+    by: str = "velocity_error"
+    """with tune: the measure that is smallest at the best value"""
 
     def run(self) -> None:
-        from .studies.compare import table
+        from .studies.compare import at_best, best_values, table
         from .studies.record import earlier_record, stored_rows, write_record
         from .studies.study import expand, read_study
         from .studies.sweep import Status, carry_out, check_folders, status_of, sweep
@@ -364,10 +369,19 @@ class Sweep(Command):
             raise InputError("list, record and compare are three commands: give one of them")
         if self.index and (self.record or self.compare):
             raise InputError("index names runs to make or to list; record and compare take all that are done")
+        if self.tune and (not self.compare or self.tune == self.compare):
+            raise InputError(f"tune is {self.tune}; it goes with compare, and names another axis than that")
         study = read_study(self.study)
         out = self.out or Path("runs", study.name)
         if self.compare:
-            _print_table(table(stored_rows(study, out), self.compare))
+            rows = stored_rows(study, out)
+            if self.tune:
+                best = best_values(rows, self.tune, self.by)
+                others = [axis for axis in study.axes if axis != self.tune]
+                _print_table([[*others, f"best {self.tune}"], *([*arm, value] for arm, value in best.items())])
+                print()
+                rows = at_best(rows, self.tune, best)
+            _print_table(table(rows, self.compare))
             return
         plan = expand(study, out)
         if beyond := [index for index in self.index if index >= len(plan)]:

@@ -1,7 +1,7 @@
 """Comparisons between values of a study's axis: differences of pairs that share everything else, the seed included."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from ..errors import InputError
 RESAMPLES = 10_000
 EXACT = 16  # pairs up to which every assignment of signs is counted
 LEVEL = 0.95
+SMALL_IS_GOOD = ("velocity_error", "kid", "softened_kid", "fd", "softened_fd", "loss")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,55 @@ def paired(rows: Iterable[Row], axis: str, a: str, b: str, measure: str) -> Comp
     return Comparison(float(differences.mean()), low, high, sign_flip_p(differences), len(differences), seeds)
 
 
+def best_values(rows: Iterable[Row], axis: str, measure: str) -> dict[tuple[str, ...], str]:
+    """The best value of a tuned axis, such as the learning rate, for each combination of the other axes' values.
+
+    It is the one with the smallest mean of the measure over the seeds that all values of this combination share: one
+    seed with every value is enough, the other seeds may have the best alone.
+
+    Args:
+        rows: of a study.
+        axis: the tuned one.
+        measure: one of SMALL_IS_GOOD.
+
+    Returns:
+        by the values of the other axes, in the order in which they are first met.
+
+    Raises:
+        InputError: there is no such axis or measure, or the values of a combination share no seed.
+    """
+    if measure not in SMALL_IS_GOOD:
+        raise InputError(
+            f"by is {measure!r}; it has to be one of {', '.join(SMALL_IS_GOOD)}, which are best when small"
+        )
+    arms: dict[tuple[str, ...], dict[str, dict[str, float]]] = {}
+    for row in rows:
+        if axis not in row.choices:
+            raise InputError(f"the study has no axis {axis!r} to tune; its axes: {', '.join(row.choices)}")
+        if measure in row.measures:
+            values = arms.setdefault(_others(row, axis), {})
+            values.setdefault(row.choices[axis], {})[row.repeat] = row.measures[measure]
+    if not arms:
+        raise InputError(f"no run of the study that is done has the measure {measure!r}")
+    found = {}
+    for arm, values in arms.items():
+        shared = sorted(set.intersection(*(set(repeats) for repeats in values.values())))
+        if not shared:
+            raise InputError(f"the values {', '.join(values)} of {axis} share no seed for {'-'.join(arm)}")
+        found[arm] = min(values, key=lambda value: sum(values[value][repeat] for repeat in shared))
+    return found
+
+
+def at_best(rows: Iterable[Row], axis: str, best: dict[tuple[str, ...], str]) -> list[Row]:
+    """The rows with the best value of their combination, see best_values, as rows of a study without this axis."""
+    found = []
+    for row in rows:
+        if best.get(_others(row, axis)) == row.choices[axis]:
+            choices = {name: value for name, value in row.choices.items() if name != axis}
+            found.append(replace(row, choices=choices))
+    return found
+
+
 def bootstrap_interval(differences: np.ndarray) -> tuple[float, float]:
     """The percentile interval, 95 %, of the mean of differences [n] under resampling; the same for the same numbers."""
     chosen = np.random.default_rng(0).integers(len(differences), size=(RESAMPLES, len(differences)))
@@ -94,7 +144,7 @@ def table(rows: Sequence[Row], axis: str) -> list[list[str]]:
     first, *others = dict.fromkeys(row.choices[axis] for row in rows)
     panels: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        panels.setdefault(tuple(value for name, value in row.choices.items() if name != axis), []).append(row)
+        panels.setdefault(_others(row, axis), []).append(row)
     lines = [["measure", axis, *(name for name in rows[0].choices if name != axis)]]
     lines[0] += ["difference", "95 % from", "to", "p", "pairs"]
     for measure in dict.fromkeys(name for row in rows for name in row.measures):
@@ -107,6 +157,11 @@ def table(rows: Sequence[Row], axis: str) -> list[list[str]]:
     if len(lines) == 1:
         raise InputError(f"no two runs that are done differ in {axis} alone")
     return lines
+
+
+def _others(row: Row, axis: str) -> tuple[str, ...]:
+    """A row's values on all axes but one."""
+    return tuple(value for name, value in row.choices.items() if name != axis)
 
 
 def _pairs(rows: Iterable[Row], axis: str, a: str, b: str, measure: str) -> dict[tuple, tuple[float, float]]:

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from pixnerd import InputError
-from pixnerd.studies.compare import Row, bootstrap_interval, paired, sign_flip_p, table
+from pixnerd.studies.compare import Row, at_best, best_values, bootstrap_interval, paired, sign_flip_p, table
 
 
 def rows_of(seeds, noise=0.3):
@@ -101,3 +101,43 @@ def test_the_table_has_every_panel_of_every_measure():
         table(rows_of(1), "size")
     with pytest.raises(InputError, match="no two runs that are done differ in head alone"):
         table(rows_of(1)[:2], "head")
+
+
+# --- a tuned axis ----------------------------------------------------------------------------------------------------
+
+
+def tuned_rows():
+    """Seed 0 with two rates, seed 1 with the better one of each head alone; the field's is the larger."""
+    errors = {("line", "low", "0"): 1.0, ("line", "high", "0"): 2.0, ("line", "low", "1"): 9.0}
+    errors |= {("field", "low", "0"): 3.0, ("field", "high", "0"): 0.5, ("field", "high", "1"): 4.0}
+    made = [({"head": head, "rate": rate}, seed, error) for (head, rate, seed), error in errors.items()]
+    return [Row(k, choices, seed, {"kid": error, "recall": error}) for k, (choices, seed, error) in enumerate(made)]
+
+
+def test_best_values_are_chosen_on_shared_seeds_and_pairs_follow():
+    rows = tuned_rows()
+    best = best_values(rows, "rate", "kid")
+    assert best == {("line",): "low", ("field",): "high"}  # by all seeds the line's would be "high": 5.0 against 2.0
+    kept = at_best(rows, "rate", best)
+    assert [row.choices for row in kept] == [{"head": "line"}] * 2 + [{"head": "field"}] * 2
+    found = paired(kept, "head", "line", "field", "kid")
+    assert (found.mean, found.pairs) == (((0.5 - 1) + (4 - 9)) / 2, 2)
+
+
+def test_rows_without_the_measure_choose_nothing():
+    rows = [*tuned_rows(), Row(9, {"head": "line", "rate": "huge"}, "0", {"recall": 0.1})]
+    assert best_values(rows, "rate", "kid") == best_values(tuned_rows(), "rate", "kid")
+
+
+@pytest.mark.parametrize(
+    ("rows", "axis", "measure", "said"),
+    [
+        (tuned_rows(), "rate", "recall", "by is 'recall'; it has to be one of velocity_error"),
+        (tuned_rows(), "steps", "kid", "no axis 'steps' to tune; its axes: head, rate"),
+        (tuned_rows(), "rate", "fd", "no run of the study that is done has the measure 'fd'"),
+        ([row for row in tuned_rows() if row.index != 0], "rate", "kid", "the values high, low of rate share no seed"),
+    ],
+)
+def test_what_cannot_be_tuned_is_named(rows, axis, measure, said):
+    with pytest.raises(InputError, match=said):
+        best_values(rows, axis, measure)

@@ -240,6 +240,23 @@ def test_comparisons_read_the_runs_or_else_the_record(study_of_fakes, capsys):
     assert capsys.readouterr().out == from_runs
 
 
+def test_arms_are_compared_at_the_best_value_of_a_tuned_axis(study_of_fakes, capsys):
+    path, study, plan = study_of_fakes
+    for run, fd in zip(plan, [2.0, 1.0, 5.0, 7.0, 2.5, 3.0, 4.0, 9.0], strict=True):  # linear v, x, field v, x
+        fake(run, study, fd=fd)
+    assert sweep(path, "--compare", "head", "--tune", "prediction", "--by", "fd") == 0
+    best, comparison = capsys.readouterr().out.split("\n\n")
+    assert [line.split() for line in best.splitlines()] == [
+        ["head", "best", "prediction"],
+        ["linear", "x"],
+        ["field", "v"],
+    ]
+    titles, *lines = (line.split() for line in comparison.splitlines())
+    assert "prediction" not in titles
+    measured = next(line for line in lines if line[0] == "fd")
+    assert [*measured[1:4], float(measured[4]), measured[-1]] == ["field", "−", "linear", ((5 - 1) + (4 - 3)) / 2, "2"]
+
+
 @pytest.mark.parametrize(
     ("name", "change", "sentence"),
     [
