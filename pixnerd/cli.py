@@ -353,6 +353,8 @@ class Sweep(Command):
     """make nothing: write the figures of the runs that are done into data/ablations/STUDY"""
     compare: str = ""
     """make nothing: say how the measures differ between the values of this axis, from the runs or from the record"""
+    against: str = ""
+    """with compare: the value that the others are compared with; by default the axis's first"""
     tune: str = ""
     """with compare: an axis that is tuned, such as the learning rate; each combination of the others counts with the
     best value alone, chosen on the seeds that all of its values have"""
@@ -369,6 +371,8 @@ class Sweep(Command):
             raise InputError("list, record and compare are three commands: give one of them")
         if self.index and (self.record or self.compare):
             raise InputError("index names runs to make or to list; record and compare take all that are done")
+        if self.against and not self.compare:
+            raise InputError(f"against is {self.against}; it goes with compare")
         if self.tune and (not self.compare or self.tune == self.compare):
             raise InputError(f"tune is {self.tune}; it goes with compare, and names another axis than that")
         study = read_study(self.study)
@@ -381,7 +385,7 @@ class Sweep(Command):
                 _print_table([[*others, f"best {self.tune}"], *([*arm, value] for arm, value in best.items())])
                 print()
                 rows = at_best(rows, self.tune, best)
-            _print_table(table(rows, self.compare))
+            _print_table(table(rows, self.compare, self.against))
             return
         plan = expand(study, out)
         if beyond := [index for index in self.index if index >= len(plan)]:

@@ -206,7 +206,7 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16 is autocast, the weights stay float32; auto: bfloat16 on a GPU, float32 on a CPU"""
     compile: Compile = "auto"
-    """torch.compile for every block and the field; auto: only on a GPU, since a CPU takes half a minute to compile"""
+    """torch.compile for every block and the field; auto: only on a GPU, since a CPU takes up to a minute to compile"""
     recompute: Recompute = "head"
     """what the backward pass recomputes instead of storing"""
     field_kernel: FieldKernel = "torch"

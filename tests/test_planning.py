@@ -1,7 +1,10 @@
 """The plan of a run, against counts made in other ways."""
 
 import dataclasses
+import re
+from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,6 +17,8 @@ from pixnerd.planning import CARDS, GIB, POLICIES, advice, cards_table, paths_li
 from pixnerd.recipes import RECIPES
 from pixnerd.text import build_network
 from pixnerd.training.distillation import total_derivative
+
+ROOT = Path(__file__).parents[1]
 
 
 def counted(size, recompute):
@@ -178,6 +183,12 @@ def test_the_students_of_imagenet_fit_eight_cards_of_80_gb(recipe, distil, size)
     config = dataclasses.replace(RECIPES[recipe], model=SIZES[size], distil=distil, teacher="runs/xl", **guided)
     found = plan_run(config, gpus=8)
     assert found.fit().fits(), advice(found)
+    notebook = nbformat.read(ROOT / "notebooks" / "scale" / "train_imagenet.ipynb", as_version=4)
+    text = "\n".join(cell.source for cell in notebook.cells)
+    column = 1 + ["L/16-shortcut", "L/16-fd", "XL/16-shortcut", "XL/16-fd"].index(f"{size}-{distil}")
+    rows = [re.search(rf"^\| {title}.*", text, re.MULTILINE)[0] for title in ("GFLOP", "GiB", "hours")]
+    numbers = [float(re.match(r"[\d,.]*\d", row.split(" | ")[column])[0].replace(",", "")) for row in rows]
+    assert numbers == pytest.approx([found.flops() / 1e9, found.fit().total, found.hours()], rel=0.01)
 
 
 def test_the_command_needs_no_data(capsys, monkeypatch):

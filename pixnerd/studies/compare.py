@@ -132,16 +132,20 @@ def sign_flip_p(differences: np.ndarray) -> float:
     return as_far / len(means) if exact else (as_far + 1) / (len(means) + 1)
 
 
-def table(rows: Sequence[Row], axis: str) -> list[list[str]]:
+def table(rows: Sequence[Row], axis: str, against: str = "") -> list[list[str]]:
     """Titles, then a line for each measure, pair of values and combination of the other axes.
 
-    Every value is compared with the axis's first one, the one that comes first in `rows`. Raises InputError if there
-    is no such axis or nothing to compare.
+    Every value is compared with `against`, by default the one that comes first in `rows`. Raises InputError if there
+    is no such axis or value, or nothing to compare.
     """
     if not rows or axis not in rows[0].choices:
         axes = ", ".join(rows[0].choices) if rows else "none, as no run is done"
         raise InputError(f"the study has no axis {axis!r}; its axes: {axes}")
     first, *others = dict.fromkeys(row.choices[axis] for row in rows)
+    if against and against not in (first, *others):
+        raise InputError(f"no run that is done has {axis} {against!r}; there are {', '.join((first, *others))}")
+    if against:
+        first, others = against, [value for value in (first, *others) if value != against]
     panels: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         panels.setdefault(_others(row, axis), []).append(row)

@@ -3,8 +3,8 @@
     .venv/bin/python -m tests.measure.what_measures_prefer [DATA [SIZE]]        (emoji 32)
 
 Half of the pictures play the real ones. The other half is damaged in known ways, each at three strengths with the same
-mean squared error to the undamaged half: softened again and again by the binomial filter; averaged over blocks of 4 × 4
-pixels, mixed with the picture; or single pixels replaced by random colours. Each damaged set is measured against the
+mean squared error to the undamaged half: blurred by ever wider Gaussians; averaged over blocks of 4 × 4 pixels, mixed
+with the picture; or single pixels replaced by random colours. Each damaged set is measured against the
 real half as samples are in a study. A measure that agrees with eyes ranks few speckles before a strong blur.
 """
 

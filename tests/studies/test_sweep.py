@@ -322,6 +322,7 @@ def test_folders_from_elsewhere_are_refused(study_file, capsys, place, sentence)
         (["--list", "--record"], "list, record and compare are three commands"),
         (["--record", "--index", 1], "index names runs to make or to list"),
         (["--record"], "no run of study tiny is done yet"),
+        (["--against", "field"], "against is field; it goes with compare"),
         (["--tune", "head"], "tune is head; it goes with compare"),
         (["--compare", "head", "--tune", "head"], "tune is head; it goes with compare, and names another axis"),
         (["--compare", "head"], "study tiny has neither a run that is done in runs/tiny nor a record"),
