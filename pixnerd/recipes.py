@@ -113,7 +113,7 @@ RECIPES = Recipes(
         "text-256": TEXT_256,
         "text-512": TEXT_512,
         "text-tune": TEXT_TUNE,
-        # two and a quarter minutes on two CPU cores, with compiling; the experiments are in notebooks/measured_models.md
+        # two and a quarter minutes on two CPU cores, compiling included; see notebooks/measured_models.md
         "digits-cpu": TrainConfig(
             data="digits",
             model=dataclasses.replace(SIZES["micro/8"], channels=1, prediction="x"),
