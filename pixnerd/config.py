@@ -278,6 +278,11 @@ class TrainConfig:
         fd = "distil=fd" if self.distil == "fd" else "fd_weight" if self.fd_weight else ""
         if fd and not self.fd_networks:
             raise InputError(f"fd_networks is empty; {fd} compares the features of at least one network")
+        if fd and self.decode_sizes:
+            raise InputError(
+                f"decode_sizes is {self.decode_sizes}; {fd} compares with the features of real images of one size: "
+                "give none"
+            )
         if fd and self.accumulate > 1:
             raise InputError(f"accumulate is {self.accumulate}; {fd} needs the features of a step's images at once")
 

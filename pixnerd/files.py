@@ -1,6 +1,7 @@
 """Files that are complete or absent: written under another name, then renamed; a clear error for unreadable ones."""
 
 import contextlib
+import csv
 import errno
 import functools
 import hashlib
@@ -21,7 +22,7 @@ if TYPE_CHECKING:  # --help need not wait for it
     import numpy as np
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-UNREADABLE = (SafetensorError, OSError, EOFError, pickle.UnpicklingError, RuntimeError, ValueError)
+UNREADABLE = (SafetensorError, OSError, EOFError, pickle.UnpicklingError, RuntimeError, ValueError, csv.Error)
 
 
 @contextlib.contextmanager
@@ -83,6 +84,13 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace a text file in one step, see `replacing`."""
     with replacing(path) as partial:
         partial.write_text(text)
+
+
+def write_together(texts: dict[Path, str]) -> None:
+    """Replace several text files that belong together: none of them unless all could be written, see `replacing`."""
+    with contextlib.ExitStack() as stack:
+        for path, text in texts.items():
+            stack.enter_context(replacing(path)).write_text(text)
 
 
 def sync(path: Path) -> None:

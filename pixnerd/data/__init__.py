@@ -41,6 +41,19 @@ DATA_SETS = {
 NAMES = ", ".join(form for source in DATA_SETS.values() for form in source.forms)
 
 
+def is_data_set(name: str) -> bool:
+    """Whether a data set goes by this name, whatever its argument is."""
+    kind, _, argument = name.partition(":")
+    source = DATA_SETS.get(kind)
+    return source is not None and any((":" in form) == bool(argument) for form in source.forms)
+
+
+def path_in(name: str) -> str | None:
+    """The path in a data set's name, such as PATH of folder:PATH; None if it has none."""
+    kind, _, argument = name.partition(":")
+    return argument if is_data_set(name) and f"{kind}:PATH" in DATA_SETS[kind].forms else None
+
+
 def load(name: str, image_size: int) -> ImageDataset:
     """The data set called `name`, with images of image_size × image_size, after a look at the header of every file.
 
@@ -55,13 +68,13 @@ def load(name: str, image_size: int) -> ImageDataset:
 def open_data_set(name: str, image_size: int) -> ImageDataset:
     """As `load`, but a bad file is named only when it is read."""
     kind, _, argument = name.partition(":")
-    source = DATA_SETS.get(kind)
-    if source is None or not any((":" in form) == bool(argument) for form in source.forms):
+    if not is_data_set(name):
         raise InputError(f"data set {name!r} is unknown; known: {NAMES}")
+    source = DATA_SETS[kind]
     module, _, opener = source.opener.partition(".")
     opened_by = getattr(importlib.import_module(f".{module}", __name__), opener)
-    if any(form.endswith(":PATH") for form in source.forms):
-        argument = str(reachable(argument).absolute())  # images are read later, perhaps from another working directory
+    if path := path_in(name):
+        argument = str(reachable(path).absolute())  # images are read later, perhaps from another working directory
     takes_argument = any(":" in form for form in source.forms)
     return opened_by(argument, image_size) if takes_argument else opened_by(image_size)
 

@@ -6,6 +6,7 @@ Dimension letters: N images of H × W pixels, B of a batch.
 import contextlib
 import functools
 import hashlib
+import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -66,13 +67,17 @@ def open_images(source: str | Path, image_size: int | None = None) -> Images:
     """The images of a .npz (`arr_0` uint8 [N, H, W, 3]), a run's folder, a folder of pictures, or a data set.
 
     Args:
-        source: a path, or the name of a data set as in `data.load`.
+        source: a path, or with `image_size` the name of a data set as in `data.load`, which comes first: of a folder
+            that happens to have such a name, ./NAME is a path.
         image_size: side in pixels to which a data set's images and the pictures of a folder are cropped, as in ADM;
             without it a folder's pictures keep their size.
 
     Raises:
         InputError: the source has no images, or pictures of different sizes that are not cropped.
     """
+    if image_size is not None and data.is_data_set(str(source)):
+        dataset = data.open_data_set(str(source), image_size)  # a bad file is named when it is read
+        return Images(len(dataset), functools.partial(_dataset_batches, dataset), in_memory=False)
     path = reachable(source)
     if path.suffix == ".npz":
         with _array(path) as (_, shape):
@@ -86,10 +91,7 @@ def open_images(source: str | Path, image_size: int | None = None) -> Images:
         if image_size is None:
             _check_sizes(files)
         return Images(len(files), functools.partial(_file_batches, files, image_size), in_memory=False)
-    if str(source).partition(":")[0] not in data.DATA_SETS or image_size is None:
-        raise InputError(f"{source} does not exist; images come from a .npz, a run, a folder of pictures or a data set")
-    dataset = data.open_data_set(str(source), image_size)  # a bad file is named when it is read
-    return Images(len(dataset), functools.partial(_dataset_batches, dataset), in_memory=False)
+    raise InputError(f"{source} does not exist; images come from a .npz, a run, a folder of pictures or a data set")
 
 
 def content_of(source: str | None) -> str | None:
@@ -100,9 +102,9 @@ def content_of(source: str | None) -> str | None:
     Args:
         source: a path, the name of a data set with its path, such as folder:PATH, or any other name.
     """
-    kind, _, argument = (source or "").partition(":")
-    path = reachable(argument if kind in data.DATA_SETS else source or "")
-    if not (source and path.name) or not path.exists():
+    name = source or ""
+    path = reachable((data.path_in(name) or "") if data.is_data_set(name) else name)
+    if not path.name or not path.exists():
         return None
     if (path / "config.json").is_file() and (path / "samples.npz").is_file():
         path = path / "samples.npz"  # of a run, whose other files change without being images
@@ -112,7 +114,7 @@ def content_of(source: str | None) -> str | None:
     for file in sorted(path.rglob("*")):
         if file.is_file():
             status = file.stat()
-            digest.update(f"{file.relative_to(path)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+            digest.update(os.fsencode(file.relative_to(path)) + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from ..config import TrainConfig
 from ..differences import differences
 from ..errors import InputError
-from ..files import make_folder, read_json, readable, remove_partial_files, replacing, write_atomically
+from ..files import make_folder, read_json, readable, remove_partial_files, replacing, write_together
 from ..recipes import RECIPES
 from ..runs import SWEEP, Run
 from .compare import Row
@@ -27,6 +27,7 @@ from .study import PlannedRun, Study, configured, expand, read_study
 from .sweep import HARMLESS, check_folders, status_of
 
 RECORDS = Path("data/ablations")
+ABOUT = ("planned", "done", "axes", "repeat", "base", "made")  # what about.json has at least
 SHEET_SIZE = 40_000  # bytes; larger sheets are kept in lossy WebP
 
 
@@ -98,29 +99,30 @@ def write_record(file: Path, study: Study, plan: Sequence[PlannedRun]) -> Path:
     folder = RECORDS / study.name
     make_folder(folder / "sheets")
     remove_partial_files(folder)
-    copy = folder / f"{study.name}.yaml"
-    if not copy.exists() or not copy.samefile(file):
-        write_atomically(copy, file.read_text())
-    write_atomically(folder / "rows.csv", _csv(study, [rows[index] for index in sorted(rows)]))
-    lines = ",\n".join(f'"{index}": {_compact(curves[index])}' for index in sorted(curves))
-    write_atomically(folder / "curves.json", f"{{\n{lines}\n}}\n")
     _write_sheets(folder / "sheets", [run for run in plan if run.index in rows])
-    made = _made(done, before)
-    write_atomically(folder / "about.json", json.dumps(_about(study, plan, len(rows), made), indent=1) + "\n")
+    lines = ",\n".join(f'"{index}": {_compact(curves[index])}' for index in sorted(curves))
+    about = _about(study, plan, len(rows), _made(done, before))
+    write_together(
+        {
+            folder / f"{study.name}.yaml": file.read_text(),
+            folder / "rows.csv": _csv(study, [rows[index] for index in sorted(rows)]),
+            folder / "curves.json": f"{{\n{lines}\n}}\n",
+            folder / "about.json": json.dumps(about, indent=1) + "\n",
+        }
+    )
     return folder
 
 
 def read_record(folder: Path) -> Record:
     """The record in a folder. Raises InputError if a file of it is missing or damaged."""
     about = read_json(folder / "about.json", "what a record is about")
+    if missing := [entry for entry in ABOUT if entry not in about]:
+        raise InputError(f"{folder / 'about.json'} is damaged: it lacks {', '.join(missing)}")
     stored = read_json(folder / "curves.json", "a record's curves")
     path = folder / "rows.csv"
     with readable(path, "is damaged"):
         titles, *lines = csv.reader(io.StringIO(path.read_text()))
-        try:
-            axes, repeat, done = list(about["axes"]), about["repeat"], about["done"]
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{folder / 'about.json'} is damaged: it lacks {error}") from error
+        axes, repeat, done = list(about["axes"]), about["repeat"], about["done"]
         if titles[: len(axes) + 2] != ["index", *axes, repeat]:
             raise ValueError(f"its columns are not those of {', '.join(axes)}")
         if len(lines) != done or any(len(line) != len(titles) for line in lines):

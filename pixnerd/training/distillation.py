@@ -148,15 +148,20 @@ class FeatureDistances:
         InputError: a network is missing, or gives no feature maps.
     """
 
-    def __init__(self, config: TrainConfig, world: World, dataset: ImageDataset, resumes: bool):
+    def __init__(self, config: TrainConfig, world: World, channels: int):
         self.world, self.decay = world, config.fd_decay
         self.networks = [frozen.load(name, world.device) for name in config.fd_networks]
-        blank = torch.zeros(1, dataset.channels, *(config.model.image_size,) * 2, device=world.device)
+        blank = torch.zeros(1, channels, *(config.model.image_size,) * 2, device=world.device)
         features = [vectors(network, blank).shape[1] for network in self.networks]
         self.moments = nn.ModuleList(FeatureMoments(count, world.device) for count in features)
-        if not resumes:  # else the checkpoint has them
-            for network, moments in zip(self.networks, self.moments, strict=True):
-                moments.set_real(*real_moments(network, dataset, world))
+
+    def measure_data(self, dataset: ImageDataset) -> None:
+        """Find out the data's moments, which checkpoints keep; every process reads a share of the images.
+
+        Raises InputError in a process that cannot read an image; its end ends the others.
+        """
+        for network, moments in zip(self.networks, self.moments, strict=True):
+            moments.set_real(*real_moments(network, dataset, self.world))
 
     def __call__(self, images: Tensor) -> Tensor:
         """0-dim, float64; images [B, C, H, W] in about [−1, 1]."""
@@ -191,27 +196,21 @@ def real_moments(network: FrozenNetwork, dataset: ImageDataset, world: World) ->
 
 
 def objective(
-    config: TrainConfig,
-    world: World,
-    dataset: ImageDataset,
-    conditions: Conditions,
-    teacher: PatchDenoiser | None,
-    resumes: bool,
+    config: TrainConfig, world: World, channels: int, conditions: Conditions, teacher: PatchDenoiser | None
 ) -> Objective:
     """What a run minimises. Raises InputError when a network that it needs is missing.
 
     Args:
         config: distil says which.
         world: the processes of the run.
-        dataset: its images.
+        channels: of the images.
         conditions: what its model is told.
         teacher: the model to distil; None where nothing is.
-        resumes: whether a checkpoint brings what the objective remembers.
     """
     if teacher is None:
         return VelocityLoss(config)
     measured = config.distil == "fd" or config.fd_weight
-    distances = FeatureDistances(config, world, dataset, resumes) if measured else None
+    distances = FeatureDistances(config, world, channels) if measured else None
     if config.distil == "fd":
         return FrechetLoss(config, distances)
     if config.paths:
@@ -313,6 +312,10 @@ class ShortcutLoss(Objective):
         images = found.clean.unflatten(0, (-1, group))[:, LAST].flatten(0, 1)
         return found._replace(mean=found.mean + self.weight * self.distances(images))
 
+    def measure_data(self, dataset: ImageDataset) -> None:
+        if self.distances is not None:
+            self.distances.measure_data(dataset)
+
     def updated(self) -> None:
         if self.distances is not None:
             self.distances.move()
@@ -374,6 +377,9 @@ class FrechetLoss(Objective):
         images = flow.clean_image(part.noise, u, part.t)  # [B, C, H, W]
         total = self.distances(images)
         return FlowLoss(total, total.detach().expand(len(images)), images)
+
+    def measure_data(self, dataset: ImageDataset) -> None:
+        self.distances.measure_data(dataset)
 
     def updated(self) -> None:
         self.distances.move()

@@ -92,7 +92,7 @@ def train(config: TrainConfig, device: torch.device | None = None) -> Iterator[S
     config, teacher = find_teacher(config, conditions.num_classes, world)
     start = leaders_model(config.start_from or config.teacher, world) if checkpoint is None else None
     with world.together():
-        aim = objective(config, world, dataset, conditions, teacher, checkpoint is not None)
+        aim = objective(config, world, dataset.channels, conditions, teacher)
         paths = None
         if config.paths:
             paths = KeptPaths(config, world, dataset, conditions, Teacher(teacher, config, conditions.nothing))
@@ -108,6 +108,8 @@ def train(config: TrainConfig, device: torch.device | None = None) -> Iterator[S
             check_gpu(world.device)
         if world.leads:
             run.begin(config, None if conditions.num_classes is None else dataset.classes)
+    if checkpoint is None:  # else it has what was measured; outside of `together`, since processes wait for each other
+        aim.measure_data(dataset)
     return _train(job, checkpoint)
 
 

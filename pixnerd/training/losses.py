@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from .. import flow, frozen
 from ..config import TrainConfig
+from ..data import ImageDataset
 from ..distributed import World, replicate, shard
 from ..errors import InputError
 from ..flow import FlowLoss
@@ -55,6 +56,9 @@ class Objective(Protocol):
 
     asked: Sequence[PatchDenoiser] = ()
     """the networks that it asks for velocities besides the trained one"""
+
+    def measure_data(self, dataset: ImageDataset) -> None:
+        """Before the first step of a run: find out what it has to know of the data, each process from its share."""
 
     def updated(self) -> None:
         """The weights were updated with the gradient of the last loss."""

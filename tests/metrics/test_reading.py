@@ -87,6 +87,23 @@ def test_content_changes_with_the_files_and_not_with_the_name(folder):
     assert [content_of(name) for name in ("digits", "emoji:held-out", "facebook/dinov2-base", "", None)] == [None] * 5
 
 
+def test_a_data_set_comes_before_a_folder_of_its_name(folder, monkeypatch):
+    """A run called digits, in whose parent folder somebody evaluates, must not become its own reference."""
+    namesake = folder.rename(folder.with_name("digits"))
+    (namesake.parent / "held-out").mkdir()
+    monkeypatch.chdir(namesake.parent)
+    assert open_images("digits", 32).count == 5000
+    assert open_images("./digits", 8).count == open_images("digits").count == len(list(namesake.iterdir()))
+    assert [content_of(name) for name in ("digits", "shapes:held-out")] == [None] * 2
+    assert content_of("./digits") == content_of("folder:digits") is not None
+
+
+def test_a_name_that_is_no_utf_8_has_a_content(folder):
+    before = content_of(str(folder))
+    (folder / "00.png").rename(os.fsdecode(os.fsencode(folder) + b"/\xe9.png"))
+    assert content_of(str(folder)) not in (before, None)
+
+
 def test_tf32_is_off_inside_and_as_it_was_afterwards():
     backend = torch.backends.cudnn
     before = backend.allow_tf32

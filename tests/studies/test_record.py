@@ -1,6 +1,7 @@
 """A record is rebuilt to the bytes it had, read back to the rows of the runs, and refused where it is damaged."""
 
 import dataclasses
+import errno
 import io
 import json
 import re
@@ -11,15 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixnerd import InputError
+from pixnerd import InputError, files
 from pixnerd.recipes import RECIPES
 from pixnerd.runs import SWEEP, Run
+from pixnerd.studies import record
 from pixnerd.studies.record import RECORDS, read_record, rows_of
 from pixnerd.studies.sheet import lossy, save_sheet
 from pixnerd.studies.study import expand, read_study
 
 from .conftest import ROOT, TINY, sweep
 
+FULL = OSError(errno.ENOSPC, "No space left on device")
 HEADS = {"axes": {"head": TINY["axes"]["head"]}, "seeds": [0]}
 
 
@@ -273,7 +276,9 @@ def test_arms_are_compared_at_the_best_value_of_a_tuned_axis(study_of_fakes, cap
         ("curves.json", lambda text: text[:-9], "curves.json cannot be read as a record's curves"),
         ("curves.json", lambda text: '{"a": []}', "curves.json is damaged"),
         ("curves.json", lambda text: '{"1": 3}', "curves.json is damaged"),
-        ("about.json", lambda text: "{}", "about.json is damaged: it lacks 'axes'"),
+        ("rows.csv", lambda text: text.replace("linear", '"linear', 1) + "x" * 200_000, "rows.csv is damaged: field"),
+        ("about.json", lambda text: "{}", "about.json is damaged: it lacks planned, done, axes, repeat, base, made"),
+        ("about.json", lambda text: text.replace('"base"', '"bass"'), "about.json is damaged: it lacks base"),
         ("about.json", None, "about.json does not exist"),
     ],
 )
@@ -290,6 +295,32 @@ def test_a_damaged_record_is_one_sentence(study_of_fakes, name, change, sentence
     with pytest.raises(InputError, match=sentence) as caught:
         read_record(RECORDS / "tiny")
     assert "\n" not in str(caught.value)
+
+
+def test_a_record_that_could_not_be_completed_is_the_one_before(study_of_fakes, monkeypatch):
+    """Stopped at its slow part, or with a full disk at its last file; the same command then goes on."""
+    path, study, plan = study_of_fakes
+    fake(plan[0], study)
+    assert sweep(path, "--record") == 0
+    before = record_of(RECORDS / "tiny")
+    fake(plan[1], study)
+    with monkeypatch.context() as patched:
+        patched.setattr(record, "at_most", lambda *_: fail_with(KeyboardInterrupt()))
+        assert sweep(path, "--record") == 130
+    assert record_of(RECORDS / "tiny") == before
+    with monkeypatch.context() as patched:
+        true_sync = files.sync
+        patched.setattr(files, "sync", lambda path: fail_with(FULL) if "about" in path.name else true_sync(path))
+        assert sweep(path, "--record") == 2
+    assert {name: content for name, content in record_of(RECORDS / "tiny").items() if name.suffix != ".webp"} == {
+        name: content for name, content in before.items() if name.suffix != ".webp"
+    }
+    assert sweep(path, "--record") == 0
+    assert [row.index for row in read_record(RECORDS / "tiny").rows] == [0, 1]
+
+
+def fail_with(error):
+    raise error
 
 
 def test_the_records_that_git_keeps_are_small_and_can_be_read():

@@ -429,6 +429,7 @@ def test_what_is_no_teacher_is_refused(trained, tmp_path):
         ({"distil": "fd", "fd_networks": ()}, "fd_networks is empty"),
         ({"distil": "fd", "accumulate": 2}, "accumulate is 2; distil=fd needs"),
         ({"fd_weight": 0.1, "accumulate": 2}, "accumulate is 2; fd_weight needs"),
+        ({"distil": "fd", "decode_sizes": (32, 64)}, r"decode_sizes is \(32, 64\); distil=fd compares"),
         ({"fd_weight": 0.1, "distil": "meanflow"}, "fd_weight is 0.1; it adds to distil=shortcut, not to meanflow"),
         ({"distil": "meanflow", "shard": True}, "shard is on; distil=meanflow"),
         ({"sampling": SamplingConfig()}, "sampling.solver is 'euler'; a student is sampled with map"),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import deserialize
 
 from pixnerd import InputError, load
@@ -168,6 +169,24 @@ def test_two_processes_distil_what_one_distils(tmp_path, monkeypatch):
             assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-2), way
         for name, weight in load(tmp_path / "alone" / way).state_dict().items():
             torch.testing.assert_close(first[name], weight, atol=2e-3, rtol=1e-2)
+
+
+def test_a_picture_that_one_process_cannot_read_ends_fd_loss_in_all(tmp_path):
+    """They share the work of reading the data before the first step, and must not wait for the one that gave up."""
+    for number in range(130):
+        place = tmp_path / "pictures" / "ab"[number % 2] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((16, 16), 40).convert("RGB").save(place)
+    settings = distributed_worker.config(tmp_path, "replicated")
+    settings = replace(settings, data=f"folder:{tmp_path / 'pictures'}", out=str(tmp_path / "teacher"), steps=1)
+    list(train(settings, torch.device("cpu")))
+    damaged = max((tmp_path / "pictures" / "b").iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    flags = ["--teacher", tmp_path / "teacher", "--distil", "fd", "--steps", 1, "--out", tmp_path / "student"]
+    trained = torchrun("pixnerd", "train", *flags, stderr=subprocess.PIPE, text=True)
+    said = trained.communicate(timeout=120)[1]
+    assert trained.returncode != 0
+    assert f"pixnerd: {damaged} cannot be read as an image" in said
 
 
 def test_the_leading_process_decides_which_checkpoint_is_resumed(tmp_path):
