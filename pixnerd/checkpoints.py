@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .distributed import World, full_tensor, is_sharded
 from .errors import InputError
-from .files import check_shapes, make_folder, read_json, readable, sync, write_atomically, writing
+from .files import check_shapes, make_folder, read_json, readable, save_tensors, sync, write_atomically, writing
 from .model import PatchDenoiser
 from .model_config import ModelConfig, TextModelConfig, model_config
 from .text import build_network
@@ -32,7 +32,7 @@ LATEST = "latest"  # a text file beside the checkpoints that names the newest co
 
 def save_model(model: PatchDenoiser, path: Path) -> None:
     """Write the weights, with the configuration as metadata, so that the file alone suffices to rebuild the model."""
-    save_file(model.state_dict(), path, _about(model))
+    save_tensors(model.state_dict(), path, _about(model))
 
 
 def _about(model: nn.Module | None) -> dict[str, str]:
@@ -155,7 +155,7 @@ def _write_checkpoint(
     try:
         with writing(target):
             for name, (tensors, about) in files.items():
-                save_file(tensors, partial / f"{name}.safetensors", about)
+                save_tensors(tensors, partial / f"{name}.safetensors", about)
             (partial / "state.json").write_text(json.dumps(state))
             for path in partial.rglob("*"):
                 sync(path)
@@ -296,8 +296,8 @@ def check_checkpoint(checkpoint: Path) -> None:
     parts = sorted((checkpoint / SHARDS).glob("*.safetensors"))
     if len(parts) != shards:
         raise InputError(f"{checkpoint} has {len(parts)} of its {shards} shards")
-    files = parts or [checkpoint / f"{name}.safetensors" for name in ("model", "optimizer")]
-    for path in (*files, checkpoint / "ema.safetensors"):
+    needed = {checkpoint / f"{name}.safetensors" for name in ("ema", *([] if parts else ["model", "optimizer"]))}
+    for path in (*parts, *sorted(needed | set(checkpoint.glob("*.safetensors")))):
         with readable(path), safe_open(path, "pt"):  # reads the header and compares it with the file's length
             pass
 

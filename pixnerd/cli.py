@@ -469,7 +469,10 @@ def parse(arguments: Sequence[str]) -> AnyCommand:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("recipe", "size", "distil", "teacher"):
         first.add_argument(f"--{name}")
-    base, _ = first.parse_known_args(arguments)  # these set the defaults of all others
+    try:
+        base, _ = first.parse_known_args(arguments)  # these set the defaults of all others
+    except argparse.ArgumentError:  # one of them has no value, as the whole parser will say
+        base = first.parse_args([])
     recipe = base.recipe or ("student-cpu" if base.teacher else Train.recipe)
     config = RECIPES[recipe]
     if base.teacher:

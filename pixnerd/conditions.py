@@ -54,6 +54,8 @@ class Conditions(Protocol):
 
     subject: str
     """how an image is requested: by its "class" or by a "prompt" """
+    reader: str
+    """what makes the model's input of a subject: "labels", or the text encoder's name and content"""
     num_classes: int | None
     """the network's number of classes; None if it is told captions"""
     names: ClassNames | None
@@ -99,7 +101,7 @@ class Labels:
         names: what the labels mean, if it is known.
     """
 
-    subject = "class"
+    subject, reader = "class", "labels"
     tokenizer = None
 
     def __init__(self, num_classes: int, names: ClassNames | None = None):
@@ -142,6 +144,7 @@ class Captions:
 
     def __init__(self, encode: TextEncoder, captions: Sequence[tuple[str, ...]] = ()):
         self.encode_text, self.captions = encode, captions
+        self.reader = f"{encode.name} {encode.content}".strip()
         self.tokenizer = None
         if isinstance(encode, TransformersEncoder):  # a cached one is asked for whole captions
             self.tokenizer = CaptionTokenizer(encode.tokenise, captions)

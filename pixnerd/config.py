@@ -40,6 +40,7 @@ RELEASED = {
     "MCG-NJU/PixNerd-XXL-P16-T2I": Released("model.ckpt", text=True),
 }
 Compile = Literal["auto", "on", "off"]
+JPEG_BLOCK = 8  # pixels along a side
 ALIGNED = f"{', '.join(frozen.IMAGE_NETWORKS)}, a DINOv2's folder or hub id (published: facebook/dinov2-base)"
 
 
@@ -246,6 +247,11 @@ class TrainConfig:
             check_fused(self.model)
         for size in self.decode_sizes:
             check_resolution(self.model, (size, size), (self.model.image_size,) * 2)
+        if self.frequency_quality is not None and (odd := [size for size in self.image_sizes if size % JPEG_BLOCK]):
+            raise InputError(
+                f"frequency_quality is {self.frequency_quality} and images have {odd[0]} pixels along a side; it needs "
+                f"multiples of {JPEG_BLOCK}, the side of JPEG's blocks"
+            )
 
     def _check_distillation(self) -> None:
         if bool(self.distil) != bool(self.teacher):

@@ -123,7 +123,11 @@ class FusedAttention(TorchFunctionMode):
 
 
 def saved_activation_bytes(
-    model: PatchDenoiser, size: int, recompute: Recompute | None = None, dtype: torch.dtype = torch.bfloat16
+    model: PatchDenoiser,
+    size: int,
+    recompute: Recompute | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    decoded: int | None = None,
 ) -> int:
     """Bytes that each additional image of a batch makes a GPU keep from the forward pass for the backward pass.
 
@@ -136,14 +140,15 @@ def saved_activation_bytes(
         size: side of the images in pixels, which the transformer sees at this size.
         recompute: replaces the model's own setting.
         dtype: torch.bfloat16 for autocast, or torch.float32.
+        decoded: side that the head decodes from these tokens; by default the same.
     """
     model = copy.copy(model)  # shares the weights, which functional_call replaces
     model.recompute, model.training = recompute or model.recompute, True
-    two, three = (_saved_bytes(model, size, images, dtype) for images in (2, 3))
+    two, three = (_saved_bytes(model, size, decoded or size, images, dtype) for images in (2, 3))
     return three - two  # not 2 − 1: a batch of one has axes that need no copy
 
 
-def _saved_bytes(model: PatchDenoiser, size: int, images: int, dtype: torch.dtype) -> int:
+def _saved_bytes(model: PatchDenoiser, size: int, decoded: int, images: int, dtype: torch.dtype) -> int:
     """Bytes of everything that a forward pass saves, weights included; views of one storage count once."""
     storages = set()
 
@@ -156,10 +161,10 @@ def _saved_bytes(model: PatchDenoiser, size: int, images: int, dtype: torch.dtyp
     try:
         with FakeTensorMode(), device, torch.enable_grad(), _cuda_autocast(dtype), FusedAttention():
             weights = {n: torch.empty(p.shape, requires_grad=True) for n, p in model.named_parameters()}
-            x, t = torch.empty(images, model.config.channels, size, size), torch.empty(images)
+            x, t = torch.empty(images, model.config.channels, decoded, decoded), torch.empty(images)
             condition = model.example_condition(images, device)
             with saved_tensors_hooks(keep, lambda tensor: tensor):
-                functional_call(model, weights, (x, t, condition))
+                functional_call(model, weights, (x, t, condition, None if decoded == size else (size, size)))
             return sum(storage.nbytes() for storage in storages)
     finally:
         _forget_tables()

@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 
 from .errors import InputError, WriteError
 
-if TYPE_CHECKING:  # --help need not wait for it
+if TYPE_CHECKING:  # --help need not wait for them
     import numpy as np
+    from torch import Tensor
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 UNREADABLE = (SafetensorError, OSError, EOFError, pickle.UnpicklingError, RuntimeError, ValueError, csv.Error)
@@ -109,14 +110,31 @@ def readable(path: Path, wrong: str = "is damaged or not a checkpoint") -> Itera
         yield
     except InputError:  # a ValueError too, but already with a sentence
         raise
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist") from error
+    except FileNotFoundError as error:  # what safetensors says of a file that is closed to us, too
+        there = os.path.exists(path)
+        raise InputError(f"{path} {'may not be read by this user' if there else 'does not exist'}") from error
     except UNREADABLE as error:
         if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):  # what torch.load calls the class of a pickled object
             reason = f"it holds an object of class {foreign[1]}, and only tensors are read"
         else:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} {wrong}: {reason}") from error
+
+
+def save_tensors(tensors: dict[str, "Tensor"], path: Path, about: dict[str, str] | None = None) -> None:
+    """Write a .safetensors file with the permissions that any new file has here; the package's own are 0600.
+
+    Args:
+        tensors: name → tensor.
+        path: the file.
+        about: its metadata.
+    """
+    from safetensors.torch import save_file  # brings torch, which --help need not wait for
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, about)
+    path.chmod(mode)
 
 
 def check_shapes(path: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
@@ -157,6 +175,17 @@ def reachable(name: str | Path) -> Path:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
         raise InputError(f"{path} cannot be opened: {reason}") from error
     return path
+
+
+def folder_hash(folder: Path) -> str:
+    """The first 16 hexadecimal digits of a hash of every file's name, size and time of change in a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            status = file.stat()
+            digest.update(os.fsencode(file.relative_to(folder)))
+            digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def content_hash(path: Path) -> str:

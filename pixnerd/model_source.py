@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from . import averages
 from .classes import ClassNames
-from .config import RELEASED, SamplingConfig, TrainConfig
+from .config import RELEASED, STUDENT_SAMPLING, SamplingConfig, TrainConfig
 from .data.synsets import synsets, words_of
 from .errors import InputError
 from .files import content_hash, reachable, readable, replacing
 from .recipes import RECIPES, TEXT_256
 from .runs import Run
-from .solvers import time_grid
+from .solvers import STUDENT_SOLVER, time_grid
 
 if TYPE_CHECKING:  # the defaults of a command's flags need no torch
     import torch
@@ -273,6 +273,8 @@ def student_config(teacher: str, recipe: TrainConfig | None = None, **changes: A
         found |= {name: getattr(own, name) for name in TAUGHT}
     found |= changes
     config = recipe or RECIPES["student-cpu"]
+    if config.sampling.solver != STUDENT_SOLVER:  # a recipe for a velocity network
+        config = dataclasses.replace(config, sampling=STUDENT_SAMPLING)
     if found["distil"] != "shortcut" or found.get("decode_sizes"):
         found.setdefault("paths", 0)
     if found["distil"] == "fd":  # it trains no other number of steps

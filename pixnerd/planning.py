@@ -4,6 +4,7 @@ Everything here is computed from shapes; the hours are an estimate from a publis
 """
 
 import bisect
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,7 +131,8 @@ class Plan:
 
     def flops(self, recompute: Recompute | None = None) -> float:
         """Floating-point operations of a training step for one image, recomputation and frozen networks included."""
-        return cost.step_flops(self.model, self.config.model.image_size, recompute) + self.frozen.flops
+        counts = [cost.step_flops(self.model, size, recompute) for size in self.config.image_sizes]
+        return statistics.fmean(counts) + self.frozen.flops
 
     def hours(self, rate: float = RATE) -> float:
         """Of training, at `rate` FLOP/s of each GPU."""
@@ -147,8 +149,9 @@ def plan_run(config: TrainConfig, gpus: int = 1, num_classes: int = 1000) -> Pla
     """Count what a run takes of each of `gpus` GPUs. Raises InputError if its teacher cannot be found."""
     with torch.device("meta"):
         model = build_network(config.model, num_classes, config.recompute, config.field_kernel)
-    size, dtype = config.model.image_size, activations_dtype(config)
-    kept = {policy: cost.saved_activation_bytes(model, size, policy, dtype) / GIB for policy in POLICIES}
+    settings = {"dtype": activations_dtype(config), "decoded": max(config.image_sizes)}  # the largest has to fit
+    size = config.model.image_size
+    kept = {policy: cost.saved_activation_bytes(model, size, policy, **settings) / GIB for policy in POLICIES}
     others = teacher_cost(config) + encoder_cost(config) + distillation_cost(config, model)
     return Plan(config, gpus, model, others, kept)
 
@@ -202,7 +205,8 @@ def distillation_cost(config: TrainConfig, model: PatchDenoiser) -> Frozen:
             followed = config.paths / config.steps / config.batch_size if config.paths else 1 / len(SHORTCUTS)
             passes = path_passes(config) * followed
         teacher = 0 if config.paths else 4 * sum(p.numel() for p in model.parameters())
-        found += Frozen(passes * cost.forward_flops(model, config.model.image_size), teacher)
+        forward = statistics.fmean(cost.forward_flops(model, size) for size in config.image_sizes)
+        found += Frozen(passes * forward, teacher)
     if config.distil == "fd" or config.fd_weight:
         share = 1 if config.distil == "fd" else len(LAST) / len(SHORTCUTS)
         for network in map(frozen.load, config.fd_networks):

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import filelock
 
 from .classes import ClassNames
 from .config import SamplingConfig, TrainConfig
@@ -36,6 +39,8 @@ if TYPE_CHECKING:  # most of a run's files need no torch
 CHANGEABLE = {"out", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every"}
 CHANGEABLE |= {"accumulate", "compile", "deterministic", "field_kernel", "non_finite", "recompute", "shard", "workers"}
 CHANGEABLE |= {f"sampling.{field.name}" for field in dataclasses.fields(SamplingConfig)}
+LOCK = ".lock"  # in a run's folder: held by the process that trains the run
+PATIENCE = 5.0  # seconds for the last processes of a training run that was killed to go
 SWEEP = "sweep"  # folder in a run's folder that belongs to the study which the run is part of
 CONTENTS = {"model_content", "reference_content"}  # of an evaluation's settings: hashes
 
@@ -49,6 +54,23 @@ class Run:
         self.classes_path = self.folder / "classes.json"
         self.log_path = self.folder / "log.jsonl"
         self.checkpoints = self.folder / "checkpoints"
+
+    def hold(self) -> filelock.BaseFileLock:
+        """Let no other process train this run, until the lock that is returned is released, or gone with its owner.
+
+        Raises InputError if another process holds it; a process that trains the run twice does not wait for itself.
+        """
+        make_folder(self.folder)
+        lock = filelock.FileLock(self.folder / LOCK, timeout=PATIENCE, thread_local=False, is_singleton=True)
+        with writing(self.folder / LOCK):
+            try:
+                lock.acquire()
+            except filelock.Timeout as error:
+                raise InputError(
+                    f"{self.folder} is being trained by another process: wait for its end, or choose another output "
+                    "folder"
+                ) from error
+        return lock
 
     def begin(self, config: TrainConfig, classes: Sequence[str] | None = None) -> None:
         """Create the folder for `config` and the data's `classes`, if it has any, or resume the run in it.
@@ -74,19 +96,22 @@ class Run:
                     "choose another output folder, or resume it with the same settings"
                 )
             self.check_classes(classes)
-        elif self.folder.exists() and any(
-            path.suffix != ".ipynb" and path.name != SWEEP for path in self.folder.iterdir()
-        ):
-            # papermill writes the running notebook there before the run begins, and a sweep its own files
+        elif self.folder.exists() and any(not self._may_come_first(path) for path in self.folder.iterdir()):
             raise InputError(f"{self.folder} is not empty and holds no run: choose another output folder")
         make_folder(self.folder)
-        make_folder(self.checkpoints)
         remove_partial_files(self.folder)
-        remove_partial_files(self.checkpoints)
         write_atomically(self.config_path, json.dumps(config.to_dict(), indent=2) + "\n")
+        make_folder(self.checkpoints)
+        remove_partial_files(self.checkpoints)
         if classes is not None and self.classes() is None:
             written = {"classes": list(classes), "words": words_of(classes)}
             write_atomically(self.classes_path, json.dumps(written) + "\n")
+
+    def _may_come_first(self, path: Path) -> bool:
+        """Whether something in the folder may be there before the run begins: the running notebook, which papermill
+        writes, a sweep's own files, the run's lock, and what a begin that failed for want of room has left."""
+        left = re.fullmatch(r"\..*\.partial-.*", path.name) or (path == self.checkpoints and not any(path.iterdir()))
+        return bool(left) or path.suffix == ".ipynb" or path.name in (SWEEP, LOCK)
 
     def classes(self) -> list[str] | None:
         """The class that each label means, from classes.json; None if an earlier version began the run."""

@@ -66,6 +66,24 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(tmp_path, na
         load(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["ema-0.9", "projector", "moments"])
+def test_a_truncated_file_beyond_the_usual_ones_counts_as_well(tmp_path, name):
+    older, _ = checkpoint(tmp_path, 5, seed=0)
+    newer, _ = checkpoint(tmp_path, 10, seed=7)
+    content = (newer / "ema.safetensors").read_bytes()
+    (newer / f"{name}.safetensors").write_bytes(content)
+    assert newest_checkpoint(tmp_path) == newer
+    (newer / f"{name}.safetensors").write_bytes(content[:-1])
+    with pytest.warns(UserWarning, match=rf"step-10 is skipped: .*{name}.safetensors is damaged"):
+        assert newest_checkpoint(tmp_path) == older
+
+
+def test_others_may_read_a_checkpoint_where_new_files_may_be_read(tmp_path):
+    (tmp_path / "new").touch()
+    written, _ = checkpoint(tmp_path / "checkpoints", 5, seed=0)
+    assert {path.stat().st_mode for path in written.iterdir()} == {(tmp_path / "new").stat().st_mode}
+
+
 def test_a_folder_that_says_another_step_or_is_no_number_is_no_checkpoint(tmp_path):
     older, _ = checkpoint(tmp_path, 5, seed=0)
     newer, _ = checkpoint(tmp_path, 10, seed=7)
@@ -103,7 +121,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoints_as_they_were(tmp_path, monk
             raise SafetensorError("I/O error: No space left on device (os error 28)")
         save_file(*arguments)
 
-    monkeypatch.setattr("pixnerd.checkpoints.save_file", save_until_full)
+    monkeypatch.setattr("pixnerd.checkpoints.save_tensors", save_until_full)
     with pytest.raises(
         WriteError, match="step-2 cannot be written .*: make room there, and run the same command again"
     ):
@@ -121,7 +139,7 @@ def test_a_folder_that_cannot_be_tidied_up_does_not_hide_the_full_disk(tmp_path,
         if not ignore_errors:
             raise PermissionError(f"{path} is somebody else's")
 
-    monkeypatch.setattr("pixnerd.checkpoints.save_file", save)
+    monkeypatch.setattr("pixnerd.checkpoints.save_tensors", save)
     monkeypatch.setattr("pixnerd.checkpoints.shutil.rmtree", stubborn)
     with pytest.raises(WriteError, match="step-2 cannot be written .*: make room there"):
         checkpoint(tmp_path / "checkpoints", 2, seed=2)

@@ -65,6 +65,22 @@ def test_what_does_not_fit_is_told_with_what_does(large):
     assert "more GPUs and --shard" in advice(large, card=10)
 
 
+def test_sizes_that_the_head_decodes_count():
+    """Arithmetic of their mean, memory of the largest; the transformer sees the same tokens for all."""
+    one = plan_run(TrainConfig(model=SIZES["micro/8"]))
+    many = plan_run(TrainConfig(model=SIZES["micro/8"], decode_sizes=(16, 32, 128)))
+    counts = [step_flops(one.model, size, "head") for size in (16, 32, 128)]
+    assert many.flops() == pytest.approx(sum(counts) / 3)
+    assert counts[0] < one.flops() < counts[2]
+    larger = plan_run(TrainConfig(model=SIZES["micro/8"], decode_sizes=(64,)))
+    kept = [plan.kept["none"] - one.kept["none"] for plan in (many, larger)]
+    assert kept[0] / kept[1] == pytest.approx((128**2 - 32**2) / (64**2 - 32**2), rel=0.01)  # by the pixel
+    assert many.fit().total > larger.fit().total > one.fit().total
+    teacher = student_plan(decode_sizes=(16, 32, 128)).frozen.flops / student_plan().frozen.flops
+    forward = [forward_flops(student_plan().model, size) for size in (16, 32, 128)]
+    assert teacher == pytest.approx(sum(forward) / 3 / forward[1])
+
+
 def test_a_small_card_is_told_both_ways():
     """256 images on one card of 12 GB: two at once, or sixteen with all recomputed; the head alone gains nothing."""
     config = dataclasses.replace(RECIPES["imagenet-256"], model=SIZES["L/16"])

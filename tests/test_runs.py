@@ -1,4 +1,7 @@
+import errno
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -109,6 +112,40 @@ def test_the_same_run_resumes_and_may_become_longer(tmp_path):
     with pytest.raises(InputError, match="model.width 64 there, 128 asked for"):
         run.begin(TrainConfig(steps=9, model=SIZES["micro/8"], betas=(0.9, 0.99)))
     assert run.config().model == SIZES["nano/8"]
+
+
+def test_a_run_that_could_not_begin_on_a_full_disk_begins_later(tmp_path, monkeypatch):
+    """Whatever the first try left: the folder, an empty one for checkpoints, half a file of a killed process."""
+    run, config = Run(tmp_path / "run"), TrainConfig(steps=5)
+    with monkeypatch.context() as patched:
+        patched.setattr("pixnerd.files.sync", full_disk)
+        with pytest.raises(WriteError, match="config.json cannot be written .*: make room there"):
+            run.begin(config)
+    run.checkpoints.mkdir(exist_ok=True)
+    (run.folder / ".123.partial-config.json").write_text("{")
+    run.begin(config)
+    assert run.config() == config
+    (tmp_path / "other" / "checkpoints" / "step-1").mkdir(parents=True)
+    with pytest.raises(InputError, match="other is not empty and holds no run"):
+        Run(tmp_path / "other").begin(config)
+
+
+def full_disk(path):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_one_process_at_a_time_trains_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("pixnerd.runs.PATIENCE", 0.2)
+    code = "from pixnerd.runs import Run\nlock = Run('run').hold()\nprint('held', flush=True)\ninput()"
+    command, options = [sys.executable, "-c", code], {"cwd": tmp_path, "text": True}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="run is being trained by another process: wait for its end"):
+            Run(tmp_path / "run").hold()
+        other.kill()
+    first, second = Run(tmp_path / "run").hold(), Run(tmp_path / "run").hold()  # a notebook that begins again
+    second.release()
+    first.release()
 
 
 def test_settings_that_only_later_commands_read_may_change(tmp_path):

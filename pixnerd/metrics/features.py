@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from ..distributed import World
 from ..errors import InputError
-from ..files import check_output_file, read_arrays, replacing, writing
+from ..files import check_output_file, read_arrays, replacing, save_tensors, writing
 from .images import Images, content_of, open_images
 from .statistics import Moments, frechet_distance, inception_score, kernel_distance, precision_recall
 
@@ -153,7 +152,7 @@ def _write_features(path: Path, key: dict[str, Any], features: Features) -> None
     for name, (mean, covariance) in features.gaussians.items():
         tensors |= {f"mean.{name}": mean, f"covariance.{name}": covariance}
     with replacing(path) as partial:
-        save_file({name: x.contiguous() for name, x in tensors.items()}, partial, {"key": json.dumps(key)})
+        save_tensors({name: x.contiguous() for name, x in tensors.items()}, partial, {"key": json.dumps(key)})
 
 
 def _read_features(path: Path, key: dict[str, Any]) -> Features | None:

@@ -5,8 +5,6 @@ Dimension letters: N images of H × W pixels, B of a batch.
 
 import contextlib
 import functools
-import hashlib
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from .. import data
 from ..data.pictures import PictureFiles, find_pictures, in_threads, read_pixels, upright_size
 from ..errors import InputError
-from ..files import content_hash, reachable
+from ..files import content_hash, folder_hash, reachable
 
 
 @dataclass(frozen=True)
@@ -108,14 +106,7 @@ def content_of(source: str | None) -> str | None:
         return None
     if (path / "config.json").is_file() and (path / "samples.npz").is_file():
         path = path / "samples.npz"  # of a run, whose other files change without being images
-    if path.is_file():
-        return content_hash(path)
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        if file.is_file():
-            status = file.stat()
-            digest.update(os.fsencode(file.relative_to(path)) + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
+    return content_hash(path) if path.is_file() else folder_hash(path)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ KEYS = ("base", "settings", "axes", "adjust", "leave_out", "seeds", "models", "m
 OWN = {"out", "seed"}  # settings of a run that its study decides
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]*")  # part of a folder's name
 COLUMNS = {"index", "seed", "model"}  # of a record's table, beside the axes and the measures
+LONGEST = 200  # letters in the name of a run's folder, with room for the endings of its files' names
 POINTLESS = re.compile(r"[+-]?\d+[eE][+-]?\d+")  # a number for people, text for YAML 1.1
 
 Choices = dict[str, str]  # axis → its value's name
@@ -197,6 +198,11 @@ def expand(study: Study, out: Path) -> list[PlannedRun]:
                 raise InputError(f"study {study.name}: {configs[config]} and {arm} have the very same settings")
             configs[config] = arm
             folder = out / f"{len(planned):04d}-{arm}-{name}"
+            if (length := len(folder.name)) > LONGEST:
+                raise InputError(
+                    f"study {study.name}: {arm} would be part of a folder's name of {length} letters; {LONGEST} are "
+                    "possible, so shorten the values' names"
+                )
             if not study.models:
                 config = dataclasses.replace(config, out=str(folder))
             planned.append(
@@ -208,12 +214,17 @@ def expand(study: Study, out: Path) -> list[PlannedRun]:
 # --- from YAML to a study ---------------------------------------------------------------------------------------------
 
 
+MERGE = "tag:yaml.org,2002:merge"
+
+
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would silently keep the last."""
+    """Refuses a key that stands twice, of which YAML would silently keep the last; `<<` may bring a key again."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: list[Any] = []
         for key_node, _ in node.value:
+            if key_node.tag == MERGE:
+                continue
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", key_node.start_mark)
@@ -320,8 +331,10 @@ def configured(base: TrainConfig, settings: Settings) -> TrainConfig:
 
     Raises InputError if a value is outside its range, or the teacher cannot be found.
     """
-    if settings.get("teacher"):
-        base = student_config(settings["teacher"], base, distil=settings.get("distil", "shortcut"))
+    if teacher := settings.get("teacher"):
+        if not isinstance(teacher, str):
+            raise InputError(f"teacher is {teacher!r}; it has to be the name of a trained model")
+        base = student_config(teacher, base, distil=settings.get("distil", "shortcut"))
     nested: dict[str, Settings] = {"model": {}, "sampling": {}}
     plain: Settings = {}
     for name, value in settings.items():

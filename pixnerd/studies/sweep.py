@@ -35,6 +35,7 @@ from .wanted import Measures
 State = Literal["done", "running", "failed", "stopped", "recorded", "missing"]
 RESULT = {"steps", *(f"sampling.{field.name}" for field in dataclasses.fields(SamplingConfig))}
 HARMLESS = CHANGEABLE - RESULT  # settings that say how a run is made and not what comes out
+GLANCE = 0.05  # the same, where nothing waits for it: another process that looks is done in far less
 LOOK = 1.0  # seconds within which a process that only looks whether a lock is held lets go of it
 POLL = 0.1  # seconds between looks at the processes that make runs
 REFRESH = 10.0  # seconds between updates of the time left, while no run ends
@@ -197,7 +198,7 @@ def _is_held(path: Path) -> bool:
         return False
     lock = filelock.FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=GLANCE, poll_interval=GLANCE / 5)
     except filelock.Timeout:
         return True
     except OSError:  # a folder that can only be read: nobody makes runs there

@@ -8,12 +8,13 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+import filelock
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -53,7 +54,13 @@ class StepRecord(NamedTuple):
 # --- the call --------------------------------------------------------------------------------------------------------
 
 
-def train(config: TrainConfig, device: torch.device | None = None) -> Iterator[StepRecord]:
+class StoppedEarly(Exception):
+    """A run was asked to stop before its next step; the argument is the last one."""
+
+
+def train(
+    config: TrainConfig, device: torch.device | None = None, stop_asked: Callable[[], bool] = lambda: False
+) -> Iterator[StepRecord]:
     """Train, or resume the run in `config.out`; yields one StepRecord for each remaining step.
 
     The caller may stop at any step: the state is then saved, and the same call resumes from there. Checkpoints are
@@ -61,11 +68,13 @@ def train(config: TrainConfig, device: torch.device | None = None) -> Iterator[S
     yields the last step or ends.
 
     Under torchrun every process calls this and computes its share of every batch; `device` defaults to its own GPU.
+    `stop_asked` is asked while a student's teacher follows paths, which may take long before the first step.
 
     Raises:
         InputError: at the call, before any work and in every process: the data, the sizes or the folder cannot be used.
         WriteError: while iterating: a file of the run cannot be written; earlier checkpoints are kept.
         NonFiniteLoss: while iterating; earlier checkpoints are kept.
+        StoppedEarly: while iterating: `stop_asked` said so; paths that were followed are kept.
     """
     world = join(device)
     run = Run(Path(config.out).absolute())  # a notebook may change its working directory between two steps
@@ -96,7 +105,7 @@ def train(config: TrainConfig, device: torch.device | None = None) -> Iterator[S
         paths = None
         if config.paths:
             paths = KeptPaths(config, world, dataset, conditions, Teacher(teacher, config, conditions.nothing))
-    job = Job(config, run, datasets, conditions, aim, loss_terms(config, world), world, start, paths)
+    job = Job(config, run, datasets, conditions, aim, loss_terms(config, world), world, start, paths, stop_asked)
     with world.together():
         if start is not None and config.start_from:  # else it is the teacher, which was checked
             check_network("start_from", start.load(), config, conditions.num_classes)
@@ -106,11 +115,12 @@ def train(config: TrainConfig, device: torch.device | None = None) -> Iterator[S
         if config.field_kernel == "fused":
             check_triton()
             check_gpu(world.device)
+        lock = run.hold() if world.leads else None
         if world.leads:
             run.begin(config, None if conditions.num_classes is None else dataset.classes)
     if checkpoint is None:  # else it has what was measured; outside of `together`, since processes wait for each other
         aim.measure_data(dataset)
-    return _train(job, checkpoint)
+    return _train(job, checkpoint, lock)
 
 
 def check_gpu(device: torch.device) -> None:
@@ -203,6 +213,8 @@ class Job:
     """the weights that a new run starts from; None: random ones"""
     paths: KeptPaths | None = None
     """the teacher's paths, where they are kept"""
+    stop_asked: Callable[[], bool] = lambda: False
+    """whether to stop before the next step; asked while paths are followed"""
 
     @property
     def bf16(self) -> bool:
@@ -284,10 +296,14 @@ def build_state(job: Job, checkpoint: Path | None) -> TrainingState:
 # --- the steps -------------------------------------------------------------------------------------------------------
 
 
-def _train(job: Job, checkpoint: Path | None) -> Iterator[StepRecord]:
+def _train(job: Job, checkpoint: Path | None, lock: filelock.BaseFileLock | None) -> Iterator[StepRecord]:
     """Run the remaining steps; the completed ones are saved however the loop stops, even by closing the generator."""
-    with repeatable(job.config.deterministic):
-        yield from _steps(job, checkpoint)
+    try:
+        with repeatable(job.config.deterministic):
+            yield from _steps(job, checkpoint)
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 @contextlib.contextmanager
@@ -310,7 +326,8 @@ def _steps(job: Job, checkpoint: Path | None) -> Iterator[StepRecord]:
     if job.paths is None:
         batches = step_batches(config, job.datasets, job.conditions, state.step, world)
     else:
-        job.paths.complete(job.compiles)
+        if not job.paths.complete(job.compiles, job.stop_asked):
+            raise StoppedEarly(state.step)
         batches = job.paths.batches(state.step)
     board = Board(job.run, state.step) if world.leads else None
     speed = SpeedMeter(config, job.conditions.num_classes, torch.bfloat16 if job.bf16 else torch.float32, world)
@@ -355,7 +372,7 @@ def _steps(job: Job, checkpoint: Path | None) -> Iterator[StepRecord]:
         raise
     finally:
         if board is not None:
-            board.writer.close()
+            board.close()
 
 
 def settle_buckets(job: Job, state: TrainingState, batch: Batch) -> None:

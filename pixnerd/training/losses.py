@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import flow, frozen
-from ..config import TrainConfig
+from ..config import JPEG_BLOCK, TrainConfig
 from ..data import ImageDataset
 from ..distributed import World, replicate, shard
 from ..errors import InputError
@@ -31,7 +31,6 @@ from ..model import PatchDenoiser
 from ..randomness import Purpose, derived_seed
 from .batches import Batch
 
-BLOCK = 8  # pixels along a side of a JPEG block
 GATE = 0.3  # t from which the perceptual loss counts
 
 
@@ -192,8 +191,8 @@ def frequency_weights(quality: int) -> Tensor:
 
 def dct_matrix() -> Tensor:
     """The orthonormal DCT-II of 8 values as a matrix [8, 8] in float64: row k holds the cosine of frequency k."""
-    k = torch.arange(BLOCK, dtype=torch.float64)
-    matrix = torch.cos(math.pi / BLOCK * (k + 0.5) * k[:, None]) * math.sqrt(2 / BLOCK)
+    k = torch.arange(JPEG_BLOCK, dtype=torch.float64)
+    matrix = torch.cos(math.pi / JPEG_BLOCK * (k + 0.5) * k[:, None]) * math.sqrt(2 / JPEG_BLOCK)
     matrix[0] /= math.sqrt(2)
     return matrix
 
@@ -243,7 +242,7 @@ def frequency_weighted(error: Tensor, quality: int) -> Tensor:
     channels, height, width = error.shape[1:]
     if channels not in (1, 3):
         raise InputError(f"images have {channels} channels; the frequency-weighted loss takes 1 (grey) or 3 (RGB)")
-    if height % BLOCK or width % BLOCK:
+    if height % JPEG_BLOCK or width % JPEG_BLOCK:
         raise InputError(
             f"image size {height}x{width} does not fit JPEG's blocks; both sides have to be multiples of 8"
         )
@@ -252,7 +251,7 @@ def frequency_weighted(error: Tensor, quality: int) -> Tensor:
         weights, dct, colours = _constants(quality, channels, error.dtype, error.device)
         if channels == 3:
             error = torch.einsum("kc,bchw->bkhw", colours, error)
-        blocks = rearrange(error, "b c (y i) (x j) -> b c y x i j", i=BLOCK, j=BLOCK)
+        blocks = rearrange(error, "b c (y i) (x j) -> b c y x i j", i=JPEG_BLOCK, j=JPEG_BLOCK)
         return (weights * (dct @ blocks @ dct.T).square()).mean(dim=(1, 2, 3, 4, 5))
 
 

@@ -1,5 +1,6 @@
 """What a training run reports: losses, gradient norms and speed, for log.jsonl and TensorBoard."""
 
+import contextlib
 import time
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from ..config import TrainConfig
 from ..cost import forward_flops, matmul_rate
 from ..distributed import World, full_tensor
+from ..files import writing
 from ..runs import Run
 from ..text import build_network
 
@@ -124,10 +126,19 @@ class Board:
     def __init__(self, run: Run, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(run.folder / "tensorboard", purge_step=step + 1)
+        self.folder = run.folder / "tensorboard"
+        with writing(self.folder):
+            self.writer = SummaryWriter(self.folder, purge_step=step + 1)
 
     def add(self, entry: dict[str, Any]) -> None:
+        """Raises WriteError, sometimes only for an earlier entry: its thread writes them."""
         tenths = {f"loss_by_t/{i / 10:.1f}": loss for i, loss in enumerate(entry["loss_by_t"]) if loss is not None}
-        for name, value in {**entry, **tenths}.items():
-            if isinstance(value, float):
-                self.writer.add_scalar(name, value, entry["step"])
+        with writing(self.folder):
+            for name, value in {**entry, **tenths}.items():
+                if isinstance(value, float):
+                    self.writer.add_scalar(name, value, entry["step"])
+
+    def close(self) -> None:
+        """Write what is left; a full disk then costs the copy a few entries and hides no other error."""
+        with contextlib.suppress(OSError):
+            self.writer.close()

@@ -10,13 +10,12 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -24,10 +23,10 @@ from tqdm import tqdm
 from ..compiling import compile_regions
 from ..conditions import Conditions
 from ..config import TrainConfig
-from ..data import ImageDataset, cache_folder
+from ..data import ImageDataset, cache_folder, path_in
 from ..distributed import World
 from ..errors import InputError
-from ..files import make_folder, readable, replacing, write_atomically
+from ..files import make_folder, readable, replacing, save_tensors, write_atomically
 from ..randomness import Purpose, normal, random_bits, uniform
 from .batches import SHORTCUTS, Batch, image_at, load_ahead, shortcut_intervals
 from .distillation import PATH_STEPS, Teacher
@@ -77,8 +76,9 @@ class KeptPaths:
             "guidance": [config.teacher_guidance, config.teacher_interval],
             "steps": [PATH_STEPS, teacher.last],
             "shape": self.shape,
-            "data": [config.data, hashlib.sha256(dataset.labels.numpy().tobytes()).hexdigest()[:16]],
-            "shown": config.text_encoder if conditions.subject == "prompt" else "labels",
+            "data": str(Path(path).absolute()) if (path := path_in(config.data)) else config.data,
+            "images": len(dataset),
+            "shown": conditions.reader,
             "seed": config.seed,
         }
         text = json.dumps(about, indent=1)
@@ -93,7 +93,24 @@ class KeptPaths:
         return self.folder / f"{number:05}.safetensors"
 
     def _missing(self) -> list[int]:
-        return [number for number in range(self.config.paths // PER_FILE) if not self.file(number).exists()]
+        """The files that are not there, or are of images with other labels or captions: the data may have changed."""
+        return [number for number in range(self.config.paths // PER_FILE) if not self._is_kept(number)]
+
+    def _is_kept(self, number: int) -> bool:
+        try:
+            with safe_open(self.file(number), "pt") as file:
+                return file.metadata() == {"images": self._images(_paths_of(number))}
+        except (SafetensorError, OSError):  # not there, or damaged
+            return False
+
+    def _images(self, numbers: range) -> str:
+        """A hash of the images whose paths have these numbers, and of their labels or captions."""
+        indices = [image_at(len(self.dataset), self.config.seed, number) for number in numbers]
+        if self.conditions.subject == "prompt":
+            shown = [list(self.dataset.captions[index]) for index in indices]
+        else:
+            shown = self.dataset.labels[indices].tolist()
+        return hashlib.sha256(json.dumps([indices, shown]).encode()).hexdigest()[:16]
 
     def _check_room(self) -> None:
         needed = len(self._missing()) * PER_FILE * path_bytes(self.shape)
@@ -104,21 +121,34 @@ class KeptPaths:
                 f"{free / 2**30:.1f} GiB free: take fewer, or make room"
             )
 
-    def complete(self, compiled: bool) -> None:
-        """Follow the paths whose files are missing, each process its share; `compiled`: with torch.compile.
+    def complete(self, compiled: bool, stop_asked: Callable[[], bool] = lambda: False) -> bool:
+        """Follow the paths whose files are missing, each process its share.
+
+        Args:
+            compiled: with torch.compile.
+            stop_asked: whether to stop before the next file; those that were written are kept.
+
+        Returns:
+            whether all paths are there, false after a stop.
 
         Raises:
             WriteError: in every process, if a file cannot be written; those that were are kept.
         """
-        missing = self._missing()
+        missing = self.world.from_leader(self._missing() if self.world.leads else None)  # another student may write
         if missing and compiled:
             compile_regions(self.teacher.model)
-        mine = missing[self.world.rank :: self.world.size]
+        mine, stopped = missing[self.world.rank :: self.world.size], False
         with self.world.together():
             for number in tqdm(mine, desc="paths", unit_scale=PER_FILE, unit="path", disable=not self.world.leads):
+                if stopped := stop_asked():
+                    break
                 with replacing(self.file(number)) as partial:
-                    save_file(self._follow(range(number * PER_FILE, (number + 1) * PER_FILE)), partial)
+                    numbers = _paths_of(number)
+                    save_tensors(self._follow(numbers), partial, {"images": self._images(numbers)})
+        if self.world.any(stopped):
+            return False
         self.teacher = None  # a GPU has other use for the room
+        return True
 
     def _follow(self, numbers: range) -> dict[str, Tensor]:
         """The paths of these numbers: x [P, T, C, H, W], and what they were told."""
@@ -143,6 +173,11 @@ class KeptPaths:
             start, end, condition, number = (tensor.to(self.world.device, non_blocking=True) for tensor in found)
             flipped = torch.zeros_like(number, dtype=torch.bool)
             yield Batch(end.float(), condition, start.float(), t, number, flipped, r)
+
+
+def _paths_of(number: int) -> range:
+    """The numbers of the paths in a file."""
+    return range(number * PER_FILE, (number + 1) * PER_FILE)
 
 
 class Intervals(NamedTuple):
@@ -186,6 +221,6 @@ class StepIntervals(Dataset):
 
     def _file(self, number: int) -> safe_open:
         if number not in self.opened:
-            with readable(self.files[number], "is damaged: delete it"):
+            with readable(self.files[number], "is damaged, and the same command follows its paths again"):
                 self.opened[number] = safe_open(self.files[number], "pt")
         return self.opened[number]

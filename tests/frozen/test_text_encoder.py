@@ -28,7 +28,7 @@ def test_a_long_caption_is_cut_with_a_warning(tiny_folder):
 
 
 class Counting:
-    name, features, length = "counting", 3, 2
+    name, content, features, length = "counting", "", 3, 2
 
     def __init__(self):
         self.seen = []
@@ -74,6 +74,14 @@ def test_another_length_is_another_cache(tmp_path):
     CachedEncoder(inner, tmp_path)(["cat"])
     CachedEncoder(longer, tmp_path)(["cat"])
     assert longer.seen == ["cat"]
+
+
+def test_an_encoder_that_was_changed_in_its_folder_is_another_cache(tmp_path):
+    before, after = Counting(), Counting()
+    before.content, after.content = "abc", "def"
+    CachedEncoder(before, tmp_path)(["cat"])
+    CachedEncoder(after, tmp_path)(["cat"])
+    assert after.seen == ["cat"]
 
 
 def test_missing_encoders_are_reported(tmp_path, monkeypatch):

@@ -387,7 +387,7 @@ def names_case(folder: Path, draw: random.Random) -> Use:
 class Encoder:
     """A text encoder of two features and three tokens."""
 
-    name, features, length = "two", 2, 3
+    name, content, features, length = "two", "", 2, 3
 
     def __call__(self, captions: list[str]) -> torch.Tensor:
         return torch.ones(len(captions), 3, 2)

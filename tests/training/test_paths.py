@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from pixnerd import InputError
 from pixnerd.checkpoints import save_model
-from pixnerd.conditions import Labels
+from pixnerd.conditions import Captions, Labels
 from pixnerd.config import STUDENT_SAMPLING, SamplingConfig, TrainConfig
 from pixnerd.data import Synthetic
 from pixnerd.distributed import ALONE, World
@@ -22,6 +22,7 @@ from pixnerd.training import paths as module
 from pixnerd.training import train
 from pixnerd.training.batches import SHORTCUTS, shuffled
 from pixnerd.training.distillation import ShortcutLoss, Teacher, path_passes
+from pixnerd.training.loop import StoppedEarly
 from pixnerd.training.losses import Networks
 from pixnerd.training.paths import PER_FILE, KeptPaths, StepIntervals
 
@@ -71,12 +72,15 @@ def complete_paths(config):
     return kept, teacher
 
 
-def world_of(rank, size):
-    """A process's place among others that are not there to wait for."""
+def world_of(rank, size, listed=()):
+    """A process's place among others that are not there to wait for; `listed`: what the leading one would send."""
 
     class Place(World):
         def any(self, flag):
             return flag
+
+        def from_leader(self, value):
+            return listed if value is None else value
 
     return Place(rank, size, CPU)
 
@@ -152,10 +156,9 @@ def test_files_and_batches_are_the_same_for_any_number_of_processes(cache):
     alone.complete(compiled=False)
     expected, batch = [alone.file(number).read_bytes() for number in range(3)], next(alone.batches(7))
     shutil.rmtree(cache)
-    shares = [kept_paths(config, world_of(rank, 2)) for rank in range(2)]
+    shares = [kept_paths(config, world_of(rank, 2, [0, 1, 2])) for rank in range(2)]  # as it was when both began
     shares[0].complete(compiled=False)
     assert [shares[0].file(number).exists() for number in range(3)] == [True, False, True]
-    shares[1]._missing = lambda: [0, 1, 2]  # as it was when both began
     shares[1].complete(compiled=False)
     assert [alone.file(number).read_bytes() for number in range(3)] == expected
     halves = [next(share.batches(7)) for share in shares]
@@ -166,7 +169,7 @@ def test_files_and_batches_are_the_same_for_any_number_of_processes(cache):
 def test_only_what_is_missing_is_followed(monkeypatch):
     kept = kept_paths(config_with())
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save_file", fail_at_second(module.save_file))
+        patch.setattr(module, "save_tensors", fail_at_second(module.save_tensors))
         with pytest.raises(WriteError, match="No space left"):
             kept.complete(compiled=False)
     assert [kept.file(number).exists() for number in range(2)] == [True, False]
@@ -185,10 +188,10 @@ def test_only_what_is_missing_is_followed(monkeypatch):
 def fail_at_second(save):
     calls = iter(range(9))
 
-    def saving(tensors, path):
+    def saving(*arguments):
         if next(calls) == 1:
             raise OSError(28, "No space left on device")
-        save(tensors, path)
+        save(*arguments)
 
     return saving
 
@@ -227,8 +230,54 @@ def test_what_cannot_be_kept_is_refused_at_once(monkeypatch):
     kept.complete(compiled=False)
     kept.file(1).write_bytes(b"\0" * 100)
     assert isinstance(StepIntervals(kept, range(32))[0], InputError)  # a worker's would come with its traceback
-    with pytest.raises(InputError, match=r"00001.safetensors is damaged: delete it"):
+    with pytest.raises(InputError, match=r"00001.safetensors is damaged, and the same command follows its paths again"):
         list(kept.batches(0))
+    again = kept_paths(config_with())
+    assert again.complete(compiled=False)
+    assert len(load_file(again.file(1))["x"]) == PER_FILE
+
+
+def test_paths_of_images_with_other_labels_or_captions_are_followed_again():
+    config = config_with()
+    kept = kept_paths(config)
+    assert kept.complete(compiled=False)
+    before = load_file(kept.file(1))["condition"]
+    changed = kept_paths(config)
+    assert changed.folder == kept.folder
+    changed.dataset.labels = (changed.dataset.labels + 1) % 10
+    assert changed._missing() == [0, 1]
+    assert changed.complete(compiled=False)
+    assert load_file(kept.file(1))["condition"].equal((before + 1) % 10)
+    assert kept._missing() == [0, 1]
+    told = Captions(OneToken(), [(f"image {i}",) for i in range(len(kept.dataset))])
+    teacher = Teacher(randomised(PixNerd(MODEL, 10)), config, torch.tensor(10))
+    captioned = KeptPaths(config, ALONE, Synthetic(16), told, teacher)
+    assert captioned.folder != kept.folder
+    captioned.dataset.captions = told.captions
+    first = captioned._images(range(PER_FILE))
+    captioned.dataset.captions = [("another",), *told.captions[1:]]
+    assert (captioned._images(range(PER_FILE)) != first) == (0 in shuffled(len(told.captions), 0, 0)[:PER_FILE])
+
+
+class OneToken:
+    name, content, features, length = "one", "", 2, 1
+
+    def __call__(self, captions):
+        return torch.zeros(len(captions), 1, 2)
+
+
+def test_following_stops_between_files_when_it_is_asked_to(tmp_path):
+    """And so does the run: no checkpoint, no lost file, its own exit code, and the same command goes on."""
+    kept = kept_paths(config_with())
+    asked = iter([False, True])
+    assert not kept.complete(compiled=False, stop_asked=lambda: next(asked))
+    assert [kept.file(number).exists() for number in range(2)] == [True, False]
+    assert kept.teacher is not None
+    list(train(TrainConfig(out=str(tmp_path / "teacher"), data="synthetic", model=MODEL, steps=1, batch_size=2), CPU))
+    config = student_config(str(tmp_path / "teacher"), out=str(tmp_path / "student"), paths=PER_FILE, steps=2)
+    with pytest.raises(StoppedEarly, match="^0$"):
+        next(train(config, CPU, stop_asked=lambda: True))
+    assert [record.step for record in train(config, CPU)] == [1, 2]
 
 
 # --- the loss and the run --------------------------------------------------------------------------------------------

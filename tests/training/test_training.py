@@ -1072,8 +1072,8 @@ def test_a_full_disk_ends_the_run_at_its_last_checkpoint(tmp_path, monkeypatch):
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     """And what is written is the state after the checkpoint's step, whatever later steps change."""
     list(train(config_for(tmp_path / "waits", keep_checkpoints=3), CPU))
-    go, write = threading.Event(), checkpoints.save_file
-    monkeypatch.setattr(checkpoints, "save_file", lambda *arguments: (go.wait(5), write(*arguments)))
+    go, write = threading.Event(), checkpoints.save_tensors
+    monkeypatch.setattr(checkpoints, "save_tensors", lambda *arguments: (go.wait(5), write(*arguments)))
     records = train(config_for(tmp_path / "goes on", keep_checkpoints=3), CPU)
     while next(records).step < 9:
         pass
@@ -1086,14 +1086,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_that_could_not_be_written_ends_the_run_at_its_next_log_entry(tmp_path, monkeypatch):
-    write = checkpoints.save_file
+    write = checkpoints.save_tensors
 
     def fill(tensors, path, about):
         if "step-10" in str(path):
             raise OSError(errno.ENOSPC, "full")
         write(tensors, path, about)
 
-    monkeypatch.setattr(checkpoints, "save_file", fill)
+    monkeypatch.setattr(checkpoints, "save_tensors", fill)
     folder, steps = tmp_path / "run" / "checkpoints", []
 
     def step_of(record):
