@@ -175,6 +175,14 @@ def test_bad_training_input(tmp_path, capsys, flags, sentence):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("flag", ["--recipe", "--teacher"])
+def test_a_flag_without_its_value_is_no_traceback(capsys, flag):
+    assert run("train", "--steps", 3, flag) == 2
+    said = capsys.readouterr().err
+    assert flag in said
+    assert "Traceback" not in said
+
+
 def test_a_text_named_png(tmp_path, capsys):
     images = folder_with_text_image(tmp_path)
     assert run("train", "--out", tmp_path / "run", *TINY, "--data", f"folder:{images}") == 2

@@ -195,6 +195,8 @@ def feature_agreement(features: dict[str, tuple[Tensor, Tensor]], samples: Sampl
         return {}
     scores = {}
     if samples.conditions.subject == "class":
+        if len(dataset.labels.unique()) < 2:  # whatever is sampled is of the one class
+            return scores
         vote = ClassVote(features[""][0], features["softened_"][0], dataset.labels)
         for way, (_, found) in features.items():
             scores[f"{way}class_agreement"] = vote.agreement(found, samples.labels)

@@ -22,6 +22,7 @@ from pixnerd.explore.index import LOOSE, index, measure_of
 from pixnerd.recipes import RECIPES
 from pixnerd.runs import SWEEP, Run
 from pixnerd.studies.compare import Comparison
+from pixnerd.studies.record import write_record
 from pixnerd.studies.study import expand, read_study
 
 from . import synthetic
@@ -239,6 +240,28 @@ def test_a_study_of_trained_models_is_paired_by_model(tmp_path):
     assert not any("when" in left["where"] for left in found["left_out"])
 
 
+def test_a_record_of_students_needs_no_teacher(tmp_path):
+    """In a clone, where nobody has trained one, its rows are shown all the same."""
+    teacher = synthetic.loose_run(tmp_path, "teacher", dataclasses.replace(RECIPES["digits-cpu"], steps=200)).folder
+    path = tmp_path / "notebooks" / "studies" / "students.yaml"
+    path.parent.mkdir(parents=True)
+    axes = {"head": {"linear": {}, "field": {"distil": "meanflow"}}}  # names that the synthetic figures know
+    study = {"base": "student-cpu", "settings": {"teacher": str(teacher)}, "axes": axes, "seeds": [0]}
+    path.write_text(json.dumps(study))
+    study = read_study(path)
+    plan = expand(study, tmp_path / "runs" / "students")
+    for run in plan:
+        synthetic.make_run(run, study, np.random.default_rng(run.index), pictures=False)
+    with contextlib.chdir(tmp_path):
+        write_record(path, study, plan)
+    shutil.rmtree(tmp_path / "runs")
+    found = index(tmp_path)
+    entry = only(found, "students")
+    assert [run["choices"] for run in entry["runs"]] == [["linear"], ["field"]]
+    assert entry["settings"]["field"]["distil"] == "meanflow"
+    assert not found["left_out"]
+
+
 def test_a_study_that_nobody_made_lists_what_to_make(tmp_path):
     project_of_runs(tmp_path, count=0)
     entry = only(index(tmp_path), "noise")
@@ -342,6 +365,13 @@ def test_their_command_is_the_run(loose):
         kept = json.loads((loose / "runs" / name / "config.json").read_text())
         same = config.to_dict() | {key: kept[key] for key in module.HARMLESS if "." not in key}
         assert json.loads(json.dumps(same)) == kept
+
+
+def test_the_command_of_a_text_model_is_the_run(tmp_path):
+    config = dataclasses.replace(RECIPES["emoji-text-cpu"], out="runs/text", steps=7, seed=3)
+    command = module.train_command(module._flat(config.to_dict()), "3", "runs/text")
+    parsed, kept = (json.loads(json.dumps(c.to_dict())) for c in (parse(shlex.split(command)[1:]).config, config))
+    assert parsed | {key: kept[key] for key in module.HARMLESS if "." not in key} == kept
 
 
 def test_a_second_run_with_the_same_settings_is_no_second_seed(loose):

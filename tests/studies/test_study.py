@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pixnerd import InputError
+from pixnerd.config import STUDENT_SAMPLING
 from pixnerd.recipes import RECIPES
 from pixnerd.runs import Run
 from pixnerd.studies.study import expand, read_study
@@ -97,6 +98,11 @@ BAD = {
     "path": ({"axes": {"../head": LINEAR}}, "'../head' cannot name an axis or a value"),
     "column": ({"axes": {"seed": LINEAR}}, "'seed' cannot name an axis or a value"),
     "set twice": ({"axes": {"head": LINEAR, "b": {"field": {"model.head": "field"}}}}, "set model.head; let adjust"),
+    "a teacher that is no name": ({"settings": {"teacher": 5}}, "teacher is 5; it has to be the name of a trained"),
+    "long names": (
+        {"axes": {"rate": {"x" * 220: {"learning_rate": 0.5}}}},
+        r"xxx would be part of a folder's name of 232 letters; 200 are possible, so shorten",
+    ),
     "models and base": ({"models": ["runs/a"]}, "a study of models, which are trained already, has no base"),
 }  # fmt: skip
 
@@ -116,6 +122,27 @@ def test_students_have_their_teachers_network(study_file, tmp_path):
         assert run.config.sampling.solver == "map"
 
 
+def test_a_student_of_a_recipe_for_velocities_is_sampled_as_students_are(study_file, tmp_path):
+    Run(tmp_path / "teacher").begin(dataclasses.replace(RECIPES["digits-cpu"], data="synthetic"))
+    settings = {"teacher": str(tmp_path / "teacher"), "steps": 9, "sampling.steps": 2}
+    axes = {"distil": {name: {"distil": name} for name in ("shortcut", "fd")}}
+    shortcut, fd = plan_of(study_file(base="digits-cpu", settings=settings, axes=axes, seeds=[0]))
+    assert shortcut.config.sampling == dataclasses.replace(STUDENT_SAMPLING, steps=2)
+    assert fd.config.sampling == shortcut.config.sampling
+    assert shortcut.config.learning_rate == RECIPES["digits-cpu"].learning_rate
+
+
+def test_merged_settings_may_be_replaced(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        "base: digits-cpu\n"
+        "settings: &all {steps: 9, batch_size: 4}\n"
+        "axes: {rate: {low: &low {<<: *all, learning_rate: 0.1}, high: {<<: *low, learning_rate: 0.2}}}\n"
+        "seeds: [0]\n"
+    )
+    assert [(run.config.steps, run.config.learning_rate) for run in plan_of(path)] == [(9, 0.1), (9, 0.2)]
+
+
 @pytest.mark.parametrize(("parts", "sentence"), BAD.values(), ids=BAD.keys())
 def test_what_cannot_be_a_study_is_one_sentence(study_file, parts, sentence):
     with pytest.raises(InputError, match=sentence) as caught:
@@ -133,6 +160,7 @@ def test_what_cannot_be_a_study_is_one_sentence(study_file, parts, sentence):
         ("- 1", r"a study is \[1\]; it has to be names"),
         ("", "a study needs a base and seeds, or models"),
         ("\x00", "is no YAML"),
+        ("a: &a {b: 1}\nc: {<<: *a, d: 1, d: 2}", "is no YAML in line 2: 'd' stands twice"),
     ],
 )
 def test_a_file_that_is_no_study(tmp_path, text, sentence):

@@ -1,5 +1,6 @@
 """Sweeps: stopped and killed anywhere they go on to the same rows, each run is made once, and failures are kept."""
 
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -154,6 +155,16 @@ def test_a_run_is_made_by_one_process_and_a_killed_one_lets_go(study_file, capsy
     assert status_of(run).state == "missing"
     assert sweep(path, "--index", 0) == 0
     assert status_of(run).state == "done"
+
+
+def test_looking_at_a_run_is_not_making_it(study_file):
+    """Two that look at the same time hold the lock for a moment each."""
+    run = plan_of(study_file())[0]
+    (run.folder / SWEEP).mkdir(parents=True)
+    (run.folder / SWEEP / "lock").touch()
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: status_of(run).state, range(2000)))
+    assert set(found) == {"missing"}
 
 
 NOWHERE = {"data": {"there": {}, "gone": {"data": "folder:/nowhere"}}}

@@ -693,6 +693,23 @@ def test_alignment_ends_at_the_given_step(tmp_path, monkeypatch):
         config_for("unused", align="means", align_block=8)
 
 
+def test_a_disk_that_is_too_full_for_tensorboard_is_one_sentence(tmp_path, monkeypatch):
+    """Its thread writes later, so the error may come with another entry, or when all is closed, which costs nothing."""
+    config = config_for(tmp_path / "run", log_every=1, steps=3)
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", no_room)
+        patched.setattr("torch.utils.tensorboard.SummaryWriter.close", no_room)
+        with pytest.raises(WriteError, match=r"run/tensorboard cannot be written \(No space left on device\)"):
+            list(train(config, CPU))
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.utils.tensorboard.SummaryWriter.close", no_room)
+        assert len(list(train(config, CPU))) == 3
+
+
+def no_room(*arguments, **options):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_frequency_weights_replace_the_plain_mean_square(tmp_path):
     """Quality 100 has equal weights and gives the plain loss; quality 50 does not."""
     first = {}
@@ -703,6 +720,8 @@ def test_frequency_weights_replace_the_plain_mean_square(tmp_path):
     assert first[50] != pytest.approx(first[None], rel=1e-2)
     with pytest.raises(InputError, match="JPEG quality is 0"):
         config_for("unused", frequency_quality=0)
+    with pytest.raises(InputError, match="frequency_quality is 50 and images have 20 pixels along a side; it needs"):
+        config_for("unused", frequency_quality=50, decode_sizes=(16, 20))
 
 
 def test_decode_sizes_have_to_fit_the_tokens():
