@@ -40,7 +40,7 @@ CHANGEABLE = {"out", "steps", "log_every", "checkpoint_every", "keep_checkpoints
 CHANGEABLE |= {"accumulate", "compile", "deterministic", "field_kernel", "non_finite", "recompute", "shard", "workers"}
 CHANGEABLE |= {f"sampling.{field.name}" for field in dataclasses.fields(SamplingConfig)}
 LOCK = ".lock"  # in a run's folder: held by the process that trains the run
-PATIENCE = 5.0  # seconds for the last processes of a training run that was killed to go
+PATIENCE = 10.0  # seconds for the last loading processes of a run that was killed to go; they look every five
 SWEEP = "sweep"  # folder in a run's folder that belongs to the study which the run is part of
 CONTENTS = {"model_content", "reference_content"}  # of an evaluation's settings: hashes
 
