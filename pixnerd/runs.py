@@ -55,29 +55,31 @@ class Run:
         self.log_path = self.folder / "log.jsonl"
         self.checkpoints = self.folder / "checkpoints"
 
-    def hold(self) -> filelock.BaseFileLock:
-        """Let no other process train this run, until the lock that is returned is released, or gone with its owner.
-
-        Raises InputError if another process holds it; a process that trains the run twice does not wait for itself.
-        """
-        make_folder(self.folder)
-        lock = filelock.FileLock(self.folder / LOCK, timeout=PATIENCE, thread_local=False, is_singleton=True)
-        with writing(self.folder / LOCK):
-            try:
-                lock.acquire()
-            except filelock.Timeout as error:
-                raise InputError(
-                    f"{self.folder} is being trained by another process: wait for its end, or choose another output "
-                    "folder"
-                ) from error
-        return lock
-
-    def begin(self, config: TrainConfig, classes: Sequence[str] | None = None) -> None:
+    def begin(self, config: TrainConfig, classes: Sequence[str] | None = None) -> filelock.BaseFileLock:
         """Create the folder for `config` and the data's `classes`, if it has any, or resume the run in it.
 
+        Returns:
+            a lock: until it is released, or gone with its owner, no other process can begin or resume the run.
+
         Raises:
-            InputError: the folder holds something else, or a run with a different configuration or other classes.
+            InputError: the folder holds something else, or a run with a different configuration or other classes, or
+                another process trains the run.
         """
+        self._check_folder(config, classes)
+        make_folder(self.folder)
+        lock = self._hold()
+        self._check_folder(config, classes)  # another process may have begun, and ended, meanwhile
+        remove_partial_files(self.folder)
+        write_atomically(self.config_path, json.dumps(config.to_dict(), indent=2) + "\n")
+        make_folder(self.checkpoints)
+        remove_partial_files(self.checkpoints)
+        if classes is not None and self.classes() is None:
+            written = {"classes": list(classes), "words": words_of(classes)}
+            write_atomically(self.classes_path, json.dumps(written) + "\n")
+        return lock
+
+    def _check_folder(self, config: TrainConfig, classes: Sequence[str] | None) -> None:
+        """Raise InputError unless the folder is free for the run, or holds it."""
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder} is a file; the output has to be a folder")
         if self.config_path.exists():
@@ -98,14 +100,19 @@ class Run:
             self.check_classes(classes)
         elif self.folder.exists() and any(not self._may_come_first(path) for path in self.folder.iterdir()):
             raise InputError(f"{self.folder} is not empty and holds no run: choose another output folder")
-        make_folder(self.folder)
-        remove_partial_files(self.folder)
-        write_atomically(self.config_path, json.dumps(config.to_dict(), indent=2) + "\n")
-        make_folder(self.checkpoints)
-        remove_partial_files(self.checkpoints)
-        if classes is not None and self.classes() is None:
-            written = {"classes": list(classes), "words": words_of(classes)}
-            write_atomically(self.classes_path, json.dumps(written) + "\n")
+
+    def _hold(self) -> filelock.BaseFileLock:
+        """Raises InputError if another process holds the run; a process that begins twice does not wait for itself."""
+        lock = filelock.FileLock(self.folder / LOCK, timeout=PATIENCE, thread_local=False, is_singleton=True)
+        with writing(self.folder / LOCK):
+            try:
+                lock.acquire()
+            except filelock.Timeout as error:
+                raise InputError(
+                    f"{self.folder} is being trained by another process: wait for its end, or choose another output "
+                    "folder"
+                ) from error
+        return lock
 
     def _may_come_first(self, path: Path) -> bool:
         """Whether something in the folder may be there before the run begins: the running notebook, which papermill

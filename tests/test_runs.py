@@ -136,14 +136,15 @@ def full_disk(path):
 
 def test_one_process_at_a_time_trains_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr("pixnerd.runs.PATIENCE", 0.2)
-    code = "from pixnerd.runs import Run\nlock = Run('run').hold()\nprint('held', flush=True)\ninput()"
+    code = "from pixnerd.runs import Run\nfrom pixnerd.training import TrainConfig\n"
+    code += "lock = Run('run').begin(TrainConfig())\nprint('held', flush=True)\ninput()"
     command, options = [sys.executable, "-c", code], {"cwd": tmp_path, "text": True}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(InputError, match="run is being trained by another process: wait for its end"):
-            Run(tmp_path / "run").hold()
+            Run(tmp_path / "run").begin(TrainConfig())
         other.kill()
-    first, second = Run(tmp_path / "run").hold(), Run(tmp_path / "run").hold()  # a notebook that begins again
+    first, second = (Run(tmp_path / "run").begin(TrainConfig()) for _ in range(2))  # a notebook that begins again
     second.release()
     first.release()
 

@@ -115,9 +115,8 @@ def train(
         if config.field_kernel == "fused":
             check_triton()
             check_gpu(world.device)
-        lock = run.hold() if world.leads else None
-        if world.leads:
-            run.begin(config, None if conditions.num_classes is None else dataset.classes)
+        classes = None if conditions.num_classes is None else dataset.classes
+        lock = run.begin(config, classes) if world.leads else None
     if checkpoint is None:  # else it has what was measured; outside of `together`, since processes wait for each other
         aim.measure_data(dataset)
     return _train(job, checkpoint, lock)

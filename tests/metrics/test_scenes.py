@@ -384,7 +384,7 @@ def test_each_caption_is_compared_with_its_own_sample(text_run, monkeypatch, cap
     asked = []
 
     class Encoder:
-        features, length = 12, 16
+        name, content, features, length = "asked", "", 12, 16
 
         def __call__(self, captions):
             asked.extend(captions)
