@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import shutil
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,6 +124,17 @@ def test_a_run_is_measured_and_the_result_kept(run, wanted):
     with Image.open(run.folder / "sheet.webp") as sheet:
         assert sheet.size == (133, 133)
     assert measures.measure_run(run, wanted)["scores"] == scores
+
+
+def test_a_run_on_images_of_one_class_is_measured_without_a_vote(wanted, tmp_path):
+    (folder,) = (path for path in Path(wanted.reference.removeprefix("folder:")).iterdir() if path.name == "3")
+    shutil.copytree(folder, tmp_path / "real" / "3")
+    real = f"folder:{tmp_path / 'real'}"
+    config = TrainConfig(out=str(tmp_path / "runs" / "one"), data=real, model=NANO, steps=1, batch_size=4)
+    list(train(dataclasses.replace(config, sampling=SamplingConfig(steps=1, guidance=1.0))))
+    scores = measures.measure_run(Run(config.out), Measures(samples=16, errors=4))["scores"]
+    assert "kid" in scores
+    assert not {name for name in scores if "class" in name}
 
 
 def test_samples_come_from_noise_that_all_runs_share(run, wanted, monkeypatch):
