@@ -178,11 +178,14 @@ def _of_file(study: Study, path: Path, project: Path, recorded: bool = False) ->
     entry = {"name": study.name, "question": _question(path), "file": str(path.relative_to(project)), "where": ""}
     entry |= {"loose": False, "repeat": study.repeat, "axes": axes}
     entry |= {"runs": [], "missing": [], "sheets": {}, "made": []}
-    plan = None
-    if not study.models:
-        with contextlib.suppress(*[InputError] * recorded):  # a teacher is not here
+    plan = []
+    try:
+        if not study.models:
             plan = expand(study, project / RUNS / study.name)
-    if plan is None:  # only what the file sets is known
+    except InputError:  # such as a teacher that is not here
+        if not recorded:
+            raise
+    if not plan:  # only what the file sets is known
         arms = {"-".join(choices.values()): _flat(study.settings_of(choices)) for choices in study.combinations()}
         return entry | {"settings": arms}
     for run in plan:

@@ -134,7 +134,7 @@ class CachedEncoder:
     def __init__(self, encoder: TextEncoder, folder: Path):
         self.encoder, self.name, self.content = encoder, encoder.name, encoder.content
         self.features, self.length = encoder.features, encoder.length
-        about = f"{encoder.name} {encoder.length}{f' {encoder.content}' * bool(encoder.content)}"
+        about = f"{encoder.name} {encoder.length} {encoder.content}".rstrip()
         key = hashlib.sha256(about.encode()).hexdigest()[:12]
         self.folder = folder / f"{Path(encoder.name).name}-{encoder.length}-{key}"
         self._memory: dict[str, Tensor] = {}  # caption → [L, F] bfloat16

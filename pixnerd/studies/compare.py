@@ -141,11 +141,11 @@ def table(rows: Sequence[Row], axis: str, against: str = "") -> list[list[str]]:
     if not rows or axis not in rows[0].choices:
         axes = ", ".join(rows[0].choices) if rows else "none, as no run is done"
         raise InputError(f"the study has no axis {axis!r}; its axes: {axes}")
-    first, *others = dict.fromkeys(row.choices[axis] for row in rows)
-    if against and against not in (first, *others):
-        raise InputError(f"no run that is done has {axis} {against!r}; there are {', '.join((first, *others))}")
-    if against:
-        first, others = against, [value for value in (first, *others) if value != against]
+    values = list(dict.fromkeys(row.choices[axis] for row in rows))
+    first = against or values[0]
+    if first not in values:
+        raise InputError(f"no run that is done has {axis} {first!r}; there are {', '.join(values)}")
+    others = [value for value in values if value != first]
     panels: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         panels.setdefault(_others(row, axis), []).append(row)
