@@ -103,6 +103,17 @@ def test_the_table_has_every_panel_of_every_measure():
         table(rows_of(1)[:2], "head")
 
 
+def test_any_value_may_be_the_one_that_the_others_are_compared_with():
+    rows = rows_of(6)
+    rows += [Row(90 + i, {"head": "conv", "prediction": "v"}, str(i), {"fd": 1.0}) for i in range(6)]
+    titles, *lines = table([row for row in rows if row.choices["prediction"] == "v"], "head", "field")
+    assert [line[1] for line in lines if line[0] == "fd"] == ["linear − field", "conv − field"]
+    found = paired([row for row in rows if row.choices["prediction"] == "v"], "head", "field", "linear", "fd")
+    assert lines[0][titles.index("difference")] == f"{found.mean:.4g}"
+    with pytest.raises(InputError, match="no run that is done has head 'none'; there are linear, field, conv"):
+        table(rows, "head", "none")
+
+
 # --- a tuned axis ----------------------------------------------------------------------------------------------------
 
 
