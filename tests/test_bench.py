@@ -152,6 +152,17 @@ def test_contestants_share_weights_and_batch_and_agree(bench):
         assert 0 < difference < (1e-4 if contestant.precision == "float32" else 0.1)
 
 
+def test_every_benchmark_begins_with_the_same_weights():
+    """Whatever was drawn before in its process."""
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(Bench(SMALL).weights)
+    for kind, model in found[0].items():
+        other = found[1][kind].state_dict()
+        assert all(torch.equal(weight, other[name]) for name, weight in model.state_dict().items())
+
+
 def test_contestants_have_the_same_gradients_and_leave_the_same_weights(bench):
     """And the step of each is one of the package's loop: gradient, optimiser, average."""
     found = {}

@@ -109,10 +109,10 @@ class Bench:
         self.batch = next(self.batches)
 
     def _first(self, head: str) -> PixNerd:
-        """A network whose weights nothing hides: those that begin at zero are random, too."""
-        model = PixNerd(_with_head(self.config.model, head), self.conditions.num_classes).to(self.world.device)
+        """A network whose weights nothing hides: those that begin at zero are random, too. Always the same weights."""
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
+            model = PixNerd(_with_head(self.config.model, head), self.conditions.num_classes).to(self.world.device)
             for parameter in model.parameters():
                 if not parameter.any():
                     nn.init.normal_(parameter, std=0.02)
