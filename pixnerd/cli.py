@@ -354,7 +354,7 @@ class Sweep(Command):
     compare: str = ""
     """make nothing: say how the measures differ between the values of this axis, from the runs or from the record"""
     against: str = ""
-    """with compare: the value that the others are compared with; by default the axis's first"""
+    """with compare: the value that the others are compared with; by default the first that a run has"""
     tune: str = ""
     """with compare: an axis that is tuned, such as the learning rate; each combination of the others counts with the
     best value alone, chosen on the seeds that all of its values have"""
@@ -365,8 +365,9 @@ class Sweep(Command):
         from .studies.compare import at_best, best_values, table
         from .studies.record import earlier_record, stored_rows, write_record
         from .studies.study import expand, read_study
-        from .studies.sweep import Status, carry_out, check_folders, status_of, sweep
+        from .studies.sweep import Status, carry_out, check_alone, check_folders, status_of, sweep
 
+        check_alone()
         if self.list + self.record + bool(self.compare) > 1:
             raise InputError("list, record and compare are three commands: give one of them")
         if self.index and (self.record or self.compare):
@@ -391,7 +392,7 @@ class Sweep(Command):
         if beyond := [index for index in self.index if index >= len(plan)]:
             raise InputError(f"index is {beyond[0]}; study {study.name} has the runs 0 … {len(plan) - 1}")
         check_folders(study, plan, out)
-        before = earlier_record(study, plan)
+        before = earlier_record(study)
         recorded = {row.index for row in before.rows} if before else set()
         chosen = [plan[index] for index in dict.fromkeys(self.index)] or plan
         if self.list:

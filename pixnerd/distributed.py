@@ -78,11 +78,6 @@ class World:
         dist.all_reduce(total)
         return int(total)
 
-    def wait(self) -> None:
-        """Return once every process has called this."""
-        if self.size > 1:
-            self.any(False)
-
     def leader_first(self, work: Callable[[], T]) -> T:
         """`work()` in the leading process and then, unless it raised, in the others: they find what it cached.
 

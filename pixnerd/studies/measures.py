@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import cost, data, flow, frozen
 from ..conditions import Conditions, model_conditions
-from ..config import EvaluationConfig, SamplingConfig
+from ..config import EvaluationConfig, SamplingConfig, TrainConfig
 from ..data import ImageDataset, Shapes
 from ..distributed import World, join
 from ..errors import InputError
@@ -28,6 +28,7 @@ from ..metrics.scenes import score_scenes
 from ..metrics.softened import ClassVote, sharpness, soften
 from ..metrics.statistics import retrieval_ranks
 from ..model import PatchDenoiser
+from ..model_config import TextModelConfig
 from ..model_source import ModelSource, find_model
 from ..runs import Run
 from ..sampling import sample_noise
@@ -39,6 +40,26 @@ NETWORK = "efficientnet"
 SEED = 2020  # of what all runs share
 LAST = 0.96  # errors are measured up to this t, the last one at which 25 Euler steps ask for a velocity
 CAPTIONS = 64  # pictures among which a caption's own has to be the nearest
+
+
+def check_measures(config: TrainConfig, wanted: Measures) -> None:
+    """Raise InputError unless the data that a run of `config` is measured on exist and suit its model."""
+    size, text = config.model.image_size, isinstance(config.model, TextModelConfig)
+    if wanted.errors_on and not config.distil:
+        num_classes = None if text else data.open_data_set(config.data, size).num_classes
+        check_images(data.load(wanted.errors_on, size), wanted.errors_on, num_classes)
+    if wanted.reference and (wanted.samples or wanted.unguided):
+        reference = data.load(wanted.reference, size)
+        if text:
+            check_images(reference, wanted.reference, None)
+
+
+def check_images(images: ImageDataset, name: str, num_classes: int | None) -> None:
+    """Raise InputError unless images have the classes of a model, or captions where it has none: a text model."""
+    if num_classes not in (None, images.num_classes):
+        raise InputError(f"the model knows {num_classes} classes; the images of {name} have {images.num_classes}")
+    if num_classes is None and not images.captions:
+        raise InputError(f"a text model is measured on images with captions, and those of {name} have none")
 
 
 def measure_run(
@@ -65,16 +86,16 @@ def measure_run(
     conditions = model_conditions(model, config, world.device)
     scores, by_t = {}, []
     if not model.config.student:  # whose velocities nobody follows
-        images = data.load(wanted.errors_on or config.data, config.model.image_size)
+        images = data.load(name := wanted.errors_on or config.data, config.model.image_size)
+        check_images(images, name, model.num_classes)
         by_t = velocity_errors(model, images, conditions, wanted.errors, wanted.batch_size)
         scores["velocity_error"] = statistics.fmean(by_t)
     if wanted.samples:
         scores |= sample_scores(source, model, wanted, sampling, into, world)
-    if wanted.unguided:
+    if wanted.unguided and pixels_decide(config, wanted):
         plain = dataclasses.replace(sampling, guidance=1.0, guide="")
         pixels, samples = draw(source, model, wanted, plain, wanted.unguided, world)
-        if (agreement := asked_for(pixels, samples, config.data)) is not None:
-            scores["unguided_agreement"] = agreement
+        scores["unguided_agreement"] = asked_for(pixels, samples)
     scores |= training_figures(run) | costs(model, run)
     found = {"wanted": dataclasses.asdict(wanted), "sampling": dataclasses.asdict(sampling)}
     found |= {"scores": {name: round(value, 6) for name, value in scores.items()}}
@@ -90,7 +111,7 @@ def velocity_errors(
     """mean((v̂ − v)²) in each tenth of [0, 0.96], over the same images, noise and times for every model.
 
     Beyond t = 0.96 a network that predicts the image has a velocity error that 1/(1 − t)² alone decides, and samplers
-    hardly ever ask.
+    hardly ever evaluate there.
 
     Args:
         model: the network, conditioned on what each image is.
@@ -98,15 +119,8 @@ def velocity_errors(
         conditions: what the model is told.
         count: number of images.
         batch_size: images per batch.
-
-    Raises:
-        InputError: the images have other classes than the model, or no captions that a text model needs.
     """
     device, config = model.patch_embed.weight.device, model.config
-    if model.num_classes not in (None, images.num_classes):
-        raise InputError(f"the model knows {model.num_classes} classes; the images have {images.num_classes}")
-    if conditions.subject == "prompt" and not images.captions:
-        raise InputError("a text model's velocity errors need images with captions")
     generator = torch.Generator().manual_seed(SEED)
     chosen = torch.randperm(len(images), generator=generator)[:count]
     within = torch.rand(10, len(chosen), generator=generator)  # the place of each time in its tenth
@@ -169,20 +183,23 @@ def sample_scores(
         features[way] = real.rows["pool"], found.rows["pool"]
     real_sharpness = [sharpness(batch) for _, batch in own_batches(real_images, 256, world)]
     scores["sharpness"] = sharpness(pixels) / statistics.fmean(real_sharpness)
-    if (agreement := asked_for(pixels, samples, source.config(model).data)) is not None:
-        scores["agreement"] = agreement
+    if pixels_decide(source.config(model), wanted):
+        scores["agreement"] = asked_for(pixels, samples)
     return scores | feature_agreement(features, samples)
 
 
-def asked_for(pixels: Tensor, samples: Samples, trained_on: str) -> float | None:
-    """The share of samples uint8 [N, 3, H, W] that show what was asked for, where pixels alone decide: digits, and
-    scenes of shapes from captions; None for a model trained on other data."""
-    if trained_on == "digits":
+def pixels_decide(config: TrainConfig, wanted: Measures) -> bool:
+    """Whether pixels alone tell what a sample shows: digits, and scenes of shapes from captions."""
+    scenes = (wanted.reference or config.data).startswith("shapes") and isinstance(config.model, TextModelConfig)
+    return config.data == "digits" or scenes
+
+
+def asked_for(pixels: Tensor, samples: Samples) -> float:
+    """The share of samples uint8 [N, 3, H, W] that show what was asked for, where `pixels_decide`."""
+    if samples.conditions.subject == "class":
         return digit_agreement(pixels, samples.labels)
-    if samples.reference.startswith("shapes") and samples.conditions.subject == "prompt":
-        dataset: Shapes = data.load(samples.reference, samples.image_size)
-        return score_scenes(pixels, [dataset.scenes[label] for label in samples.labels.tolist()]).overall
-    return None
+    dataset: Shapes = data.load(samples.reference, samples.image_size)
+    return score_scenes(pixels, [dataset.scenes[label] for label in samples.labels.tolist()]).overall
 
 
 def feature_agreement(features: dict[str, tuple[Tensor, Tensor]], samples: Samples) -> dict[str, float]:
@@ -195,7 +212,7 @@ def feature_agreement(features: dict[str, tuple[Tensor, Tensor]], samples: Sampl
         return {}
     scores = {}
     if samples.conditions.subject == "class":
-        if len(dataset.labels.unique()) < 2:  # whatever is sampled is of the one class
+        if len(dataset.labels.unique()) < 2:  # then a vote says nothing
             return scores
         vote = ClassVote(features[""][0], features["softened_"][0], dataset.labels)
         for way, (_, found) in features.items():

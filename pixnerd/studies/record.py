@@ -23,7 +23,7 @@ from ..runs import SWEEP, Run
 from .compare import Row
 from .logged import curves_of, rounded
 from .sheet import at_most
-from .study import PlannedRun, Study, configured, expand, read_study
+from .study import Choices, PlannedRun, Study, configured, expand, read_study
 from .sweep import HARMLESS, check_folders, status_of
 
 RECORDS = Path("data/ablations")
@@ -52,7 +52,7 @@ def rows_of(done: Sequence[PlannedRun]) -> list[Row]:
     return [Row(run.index, run.choices, run.repeat, _scores(run)) for run in done]
 
 
-def earlier_record(study: Study, plan: Sequence[PlannedRun]) -> Record | None:
+def earlier_record(study: Study) -> Record | None:
     """What is recorded of this study; None if nothing is.
 
     Raises:
@@ -62,25 +62,30 @@ def earlier_record(study: Study, plan: Sequence[PlannedRun]) -> Record | None:
     if not (folder / "about.json").is_file():
         return None
     record, before = read_record(folder), read_study(folder / f"{study.name}.yaml")
-    repeats = [str(repeat) for repeat in before.seeds or before.models]
-    known = [(choices, repeat) for repeat in repeats for choices in before.combinations()]
-    base = TrainConfig.from_dict(record.about["base"])
+    known, planned = (_choices_and_repeats(version) for version in (before, study))
     for row in record.rows:
-        run = plan[row.index] if row.index < len(plan) else None
+        choices, repeat = known[row.index]
         changed = ["measure"] if before.measure != study.measure else []
-        if run is None or (run.choices, run.repeat) != known[row.index]:
-            changed.append(f"run {row.index} was {'-'.join(row.choices.values())} with {study.repeat} {row.repeat}")
+        if row.index >= len(planned) or planned[row.index] != (choices, repeat):
+            changed.append(f"run {row.index} was {'-'.join(choices.values())} with {study.repeat} {repeat}")
         elif study.models:
-            changed += [d.name for d in differences(before.settings_of(run.choices), study.settings_of(run.choices))]
+            changed += [d.name for d in differences(before.settings_of(choices), study.settings_of(choices))]
         else:
-            then = configured(base, before.settings_of(run.choices))
-            changed += [d.name for d in differences(then, run.config) if d.name not in HARMLESS | {"seed"}]
+            then = configured(TrainConfig.from_dict(record.about["base"]), before.settings_of(choices))
+            now = configured(RECIPES[study.base], study.settings_of(choices))
+            changed += [d.name for d in differences(then, now) if d.name not in HARMLESS | {"seed"}]
         if changed:
             raise InputError(
                 f"{folder} is the record of another study called {study.name} ({', '.join(changed)}): rename this "
                 "study, or remove the record"
             )
     return record
+
+
+def _choices_and_repeats(study: Study) -> list[tuple[Choices, str]]:
+    """What tells a study's runs apart, by their numbers."""
+    combinations = list(study.combinations())
+    return [(choices, str(repeat)) for repeat in study.seeds or study.models for choices in combinations]
 
 
 def write_record(file: Path, study: Study, plan: Sequence[PlannedRun]) -> Path:
@@ -93,7 +98,7 @@ def write_record(file: Path, study: Study, plan: Sequence[PlannedRun]) -> Path:
     done = done_runs(plan)
     if not done:
         raise InputError(f"no run of study {study.name} is done yet; there is nothing to record")
-    before = earlier_record(study, plan)
+    before = earlier_record(study)
     rows = {row.index: row for row in [*(before.rows if before else ()), *rows_of(done)]}
     curves = (before.curves if before else {}) | {run.index: curves_of(Run(run.folder)) for run in done}
     folder = RECORDS / study.name
@@ -143,11 +148,10 @@ def read_record(folder: Path) -> Record:
 def stored_rows(study: Study, out: Path) -> list[Row]:
     """The rows of a study's record, and of its runs in `out` that are done.
 
-    Raises InputError if there is neither, or if they cannot be read.
+    Raises InputError if there is neither, or if they cannot be read or are of another study of this name.
     """
-    rows = {}
-    if (RECORDS / study.name).is_dir():
-        rows = {row.index: row for row in read_record(RECORDS / study.name).rows}
+    before = earlier_record(study)
+    rows = {row.index: row for row in before.rows} if before else {}
     if out.is_dir():
         plan = expand(study, out)
         check_folders(study, plan, out)

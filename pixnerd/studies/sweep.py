@@ -35,8 +35,8 @@ from .wanted import Measures
 State = Literal["done", "running", "failed", "stopped", "recorded", "missing"]
 RESULT = {"steps", *(f"sampling.{field.name}" for field in dataclasses.fields(SamplingConfig))}
 HARMLESS = CHANGEABLE - RESULT  # settings that say how a run is made and not what comes out
-GLANCE = 0.05  # the same, where nothing waits for it: another process that looks is done in far less
 LOOK = 1.0  # seconds within which a process that only looks whether a lock is held lets go of it
+GLANCE = 0.05  # seconds that such a look itself waits for the lock; another look is over in far less
 POLL = 0.1  # seconds between looks at the processes that make runs
 REFRESH = 10.0  # seconds between updates of the time left, while no run ends
 
@@ -97,6 +97,8 @@ def _check_planned(study: Study, run: PlannedRun, kept: dict[str, Any]) -> None:
     except (KeyError, TypeError) as error:
         raise InputError(f"{run.folder / SWEEP / 'planned.json'} is damaged: {error!r}") from error
     now = {study.repeat: run.repeat, "measure": dataclasses.asdict(study.measure)}
+    if before["measure"] != now["measure"] and _kept_status(run).state != "done":
+        before["measure"] = now["measure"]  # nothing is measured yet: what to measure can still be corrected
     found = [d for d in differences(config, run.config) if d.name not in HARMLESS] + differences(before, now)
     if found:
         named = "; ".join(f"{d.name} {json.dumps(d.old)} there, {json.dumps(d.new)} now" for d in found)
@@ -152,8 +154,9 @@ def _make(study: Study, run: PlannedRun) -> None:
     on_stop_signals(_stop_now)
     from ..distributed import join
     from ..training.interruptible import train_until_stopped
-    from .measures import measure_run
+    from .measures import check_measures, measure_run
 
+    check_measures(run.config, study.measure)
     _note_surroundings(run.folder / SWEEP / "made.json")
     if run.model:
         measure_run(Run(run.model), study.measure, run.config.sampling, into=Run(run.folder))
@@ -228,6 +231,16 @@ class Child:
         return (
             sentence(lines) if any(line.startswith("pixnerd: ") for line in lines) else ending(self.process.returncode)
         )
+
+
+def check_alone() -> None:
+    """Raise InputError under torchrun: each run of a study has a process of its own."""
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        error = InputError(
+            f"WORLD_SIZE is {processes}; a sweep makes each run in one process: start it without torchrun, with --jobs"
+        )
+        error.shared = True
+        raise error
 
 
 def sweep(file: Path, plan: Sequence[PlannedRun], out: Path, jobs: int = 1, retry: bool = False) -> int:

@@ -68,8 +68,10 @@ def test_velocity_errors_are_the_same_for_any_batch_size_and_call():
 
 
 def test_images_of_other_classes_are_refused():
-    with pytest.raises(InputError, match="knows 7 classes; the images have 10"):
-        measures.velocity_errors(PixNerd(NANO, 7), OneImage(2), Labels(7), 2, 2)
+    with pytest.raises(InputError, match="knows 7 classes; the images of two have 10"):
+        measures.check_images(OneImage(2), "two", 7)
+    with pytest.raises(InputError, match="with captions, and those of two have none"):
+        measures.check_images(OneImage(2), "two", None)
 
 
 @pytest.fixture(scope="module")

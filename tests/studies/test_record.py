@@ -184,7 +184,7 @@ def test_a_record_of_another_study_of_this_name_is_left_alone(study_of_fakes, st
     before = record_of(RECORDS / "tiny")
     shutil.rmtree("runs")
     path = study_file(**parts)
-    for flags in ([], ["--list"]):
+    for flags in ([], ["--list"], ["--compare", "head"], ["--compare", "head", "--tune", "prediction"]):
         capsys.readouterr()
         assert sweep(path, *flags) == 2
         assert f"is the record of another study called tiny ({reason}" in capsys.readouterr().err

@@ -270,7 +270,6 @@ def begun(study_file):
         ({"settings": TINY["settings"] | {"steps": 9}}, r"\(steps 4 there, 9 now\): restore the study"),
         ({"settings": TINY["settings"] | {"sampling.steps": 2}}, r"\(sampling.steps 1 there, 2 now\)"),
         ({"settings": TINY["settings"] | {"learning_rate": 0.5}}, r"\(learning_rate 0.004 there, 0.5 now\)"),
-        ({"measure": {"samples": 0, "errors": 5}}, r"\(measure.errors 4 there, 5 now\)"),
         ({"axes": dict(reversed(TINY["axes"].items()))}, "0000-linear-v-seed-0, which is none of the 8 runs of study"),
         ({"seeds": [1]}, "0000-linear-v-seed-0, which is none of the 4 runs"),
     ],
@@ -284,6 +283,39 @@ def test_a_study_that_changed_is_refused_before_any_work(begun, capsys, parts, s
         assert re.search(sentence, said), said
         assert said.count("\n") == 1
     assert sorted(Path("runs").rglob("*")) == before
+
+
+def test_what_is_measured_may_change_until_it_is_measured(begun, capsys):
+    path = begun(measure={"samples": 0, "errors": 5})
+    assert sweep(path, "--list") == 0
+    Run(plan_of(path)[0].folder).save_metrics({"study": {}})
+    assert sweep(path, "--list") == 2
+    assert "(measure.errors 4 there, 5 now)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"errors_on": "emoji:heldout"}, "'heldout' in data set 'emoji:heldout' is unknown"),
+        ({"errors_on": "emoji"}, "the model knows 10 classes; the images of emoji have 7"),
+        ({"samples": 16, "reference": "folder:/nowhere"}, "folder /nowhere does not exist"),
+    ],
+)
+def test_what_cannot_be_measured_is_known_before_training_and_can_be_corrected(study_file, capsys, wrong, sentence):
+    path = study_file(measure=TINY["measure"] | wrong)
+    run = plan_of(path)[0]
+    assert sweep(path, "--index", 0) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (run.folder / "checkpoints").exists()
+    assert sweep(study_file(), "--index", 0, "--retry") == 0
+    assert status_of(run).state == "done"
+
+
+def test_a_sweep_is_refused_under_torchrun(study_file, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert sweep(study_file(), "--index", 0) == 2
+    assert "WORLD_SIZE is 2; a sweep makes each run in one process" in capsys.readouterr().err
+    assert not Path("runs").exists()
 
 
 def test_how_a_run_is_made_may_change(begun):

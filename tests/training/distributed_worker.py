@@ -69,7 +69,7 @@ def work(folder: Path, kill: bool) -> None:
                 break
         if join().leads:
             (folder / f"{way}.json").write_text(json.dumps(losses))
-    join().wait()
+    join().any(False)  # the last one arrives
     if kill:
         os.kill(os.getpid(), signal.SIGKILL)
 
