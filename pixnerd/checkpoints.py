@@ -9,6 +9,7 @@ import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -89,6 +90,7 @@ def save_checkpoint(
     keep: int,
     world: World,
     keep_every: int | None = None,
+    window: dict[str, Any] | None = None,
 ) -> Future[Path]:
     """Write `folder`/step-N, name it in `latest`, then drop all but the newest `keep`. Every process has to call it.
 
@@ -103,11 +105,12 @@ def save_checkpoint(
     Args:
         models: file name → model: "model", which `optimizer` trains, its moving averages "ema", …, and, if features are
             aligned, the "projector" trained along with it.
+        window: the losses since the last log entry, for `read_window`.
 
     Returns:
         What the leading process is writing: its result is the checkpoint's folder, once that is complete, or a
-        WriteError; then what was there before is still there, and no more. In the other processes it is done already.
-        No process may end before it is: torchrun would kill the one that still writes.
+        WriteError, after which the earlier checkpoints are as they were. The other processes get a finished future.
+        No process may end before the leading one's is done: torchrun would kill the one that still writes.
 
     Raises:
         WriteError: in every process, if one of them cannot write its part of a sharded model, or make the folder.
@@ -135,7 +138,7 @@ def save_checkpoint(
         complete: Future[Path] = Future()
         complete.set_result(target)
         return complete
-    state = {"step": step, "shards": shards}
+    state = {"step": step, "shards": shards, "window": window}
     files = {name: (part, _about(models.get(name))) for name, part in tensors.items()}
     thread = ThreadPoolExecutor(1, "checkpoint")
     written = thread.submit(_write_checkpoint, partial, target, files, state, keep, keep_every)
@@ -147,7 +150,7 @@ def _write_checkpoint(
     partial: Path,
     target: Path,
     files: dict[str, tuple[dict[str, Tensor], dict[str, str]]],
-    state: dict[str, int],
+    state: dict[str, Any],
     keep: int,
     keep_every: int | None,
 ) -> Path:
@@ -189,7 +192,10 @@ def _publish(partial: Path, target: Path, keep: int, keep_every: int | None) -> 
     partial.rename(target)
     sync(folder)
     write_atomically(folder / LATEST, target.name + "\n")
-    for old in (path for number, path in numbered(folder)[:-keep] if not keep_every or number % keep_every):
+    listed = numbered(folder)
+    beyond = [path for number, path in listed if number > step_of(target)]  # damaged: the run resumed before them
+    earlier = [(number, path) for number, path in listed if path not in beyond][:-keep]
+    for old in (*beyond, *(path for number, path in earlier if not keep_every or number % keep_every)):
         retired = old.with_name(f".retired-{old.name}")  # hidden first, so that no reader finds it half removed
         old.rename(retired)
     for retired in folder.glob(".retired-*"):
@@ -204,9 +210,6 @@ def load_training_state(
     Raises:
         InputError: in every process, if one of them cannot read the checkpoint, or it is of another network.
     """
-    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-        zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
     tensors = _training_tensors(models, optimizer)
     if (checkpoint / SHARDS).is_dir():
         import torch.distributed.checkpoint as dcp
@@ -353,7 +356,17 @@ def classes_of(checkpoint: Path) -> int | None:
     return _read_about(checkpoint / "ema.safetensors")[1]
 
 
+def read_window(checkpoint: Path) -> dict[str, Any] | None:
+    """The losses since the last log entry, as `save_checkpoint` was given them; None from an earlier version."""
+    return read_json(checkpoint / "state.json", "a checkpoint").get("window")
+
+
 def _optimizer_tensors(models: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's moments by name, those that it has not begun yet as the zeros with which it will."""
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        if not optimizer.state[parameter]:
+            zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
     names = {parameter: name for name, parameter in models["model"].named_parameters()}
     if "projector" in models:
         names |= {parameter: f"projector.{name}" for name, parameter in models["projector"].named_parameters()}

@@ -19,6 +19,7 @@ Index = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
+Decay = Annotated[float, Interval(ge=0, lt=1)]  # of an average that forgets
 
 
 def check_fields(config: Any, prefix: str = "") -> None:
@@ -68,7 +69,9 @@ def _outside(value: float, limits: tuple[Any, ...]) -> str:
                 return f"it has to be at least {lowest}"
             case Gt(bound) if value <= bound:
                 return f"it has to be greater than {bound}"
-            case Interval(ge=lowest, le=highest) if not lowest <= value <= highest:
+            case Interval(ge=lowest, lt=bound) if bound is not None and not lowest <= value < bound:
+                return f"it has to be at least {lowest} and below {bound}"
+            case Interval(ge=lowest, le=highest) if highest is not None and not lowest <= value <= highest:
                 return f"it has to lie between {lowest} and {highest}"
     return ""
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from typing_extensions import Doc  # the help of a field whose choices are named elsewhere
 
 from . import averages, frozen
-from .checks import Count, Index, NotNegative, Positive, Share, check_fields
+from .checks import Count, Decay, Index, NotNegative, Positive, Share, check_fields
 from .data import NAMES as DATA_SET_NAMES
 from .errors import InputError
 from .model_config import (
@@ -144,7 +144,7 @@ class TrainConfig:
     nearest of the sixteen even times of its steps; 1: the last of them"""
     paths: Index = 0
     """paths that distil=shortcut's teacher follows once and keeps under data/paths, in float16; a step shows as many of
-    them as it has images. 0: a step shows new ones, a sixteenth as many, for models of which too few could be kept"""
+    them as it has images. 0: each step follows new ones, one for every sixteen images; for paths too large to keep"""
     fd_networks: tuple[str, ...] = ("efficientnet",)
     """whose features distil=fd and fd_weight compare, by names or files as `perceptual`; several distances are added"""
     fd_decay: Share = 0.999
@@ -163,7 +163,7 @@ class TrainConfig:
     """steps of linear warm-up of the learning rate from 0"""
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """the learning rate after warm-up: constant, or decaying to 0 at the last step, along a line or half a cosine"""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's betas"""
     weight_decay: NotNegative = 0.0
     """AdamW's weight decay, on all weights"""
@@ -291,6 +291,19 @@ class TrainConfig:
             )
         if fd and self.accumulate > 1:
             raise InputError(f"accumulate is {self.accumulate}; {fd} needs the features of a step's images at once")
+
+    def check_complete(self) -> None:
+        """Raise InputError if a student's settings, such as its recipe's, still lack the teacher that they need."""
+        if self.distil:
+            return
+        only: dict[str, object] = {"paths": self.paths, "fd_weight": self.fd_weight}
+        if self.sampling.solver == STUDENT_SOLVER:
+            only["sampling.solver"] = STUDENT_SOLVER
+        for name, value in only.items():
+            if value:
+                raise InputError(
+                    f"{name} is {value}, which only a few-step student has: name its teacher, as in --teacher RUN"
+                )
 
     @property
     def image_sizes(self) -> tuple[int, ...]:

@@ -146,7 +146,8 @@ class Plan:
 
 
 def plan_run(config: TrainConfig, gpus: int = 1, num_classes: int = 1000) -> Plan:
-    """Count what a run takes of each of `gpus` GPUs. Raises InputError if its teacher cannot be found."""
+    """Count what a run takes of each of `gpus` GPUs. Raises InputError if its teacher is not named or found."""
+    config.check_complete()
     with torch.device("meta"):
         model = build_network(config.model, num_classes, config.recompute, config.field_kernel)
     settings = {"dtype": activations_dtype(config), "decoded": max(config.image_sizes)}  # the largest has to fit

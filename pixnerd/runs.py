@@ -62,8 +62,8 @@ class Run:
             a lock: until it is released, or gone with its owner, no other process can begin or resume the run.
 
         Raises:
-            InputError: the folder holds something else, or a run with a different configuration or other classes, or
-                another process trains the run.
+            InputError: the folder holds something else, or a run that has begun its work with a different configuration
+                or other classes, or another process trains the run.
         """
         self._check_folder(config, classes)
         make_folder(self.folder)
@@ -73,7 +73,7 @@ class Run:
         write_atomically(self.config_path, json.dumps(config.to_dict(), indent=2) + "\n")
         make_folder(self.checkpoints)
         remove_partial_files(self.checkpoints)
-        if classes is not None and self.classes() is None:
+        if classes is not None and (self.classes() is None or not self._has_work()):
             written = {"classes": list(classes), "words": words_of(classes)}
             write_atomically(self.classes_path, json.dumps(written) + "\n")
         return lock
@@ -82,7 +82,7 @@ class Run:
         """Raise InputError unless the folder is free for the run, or holds it."""
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder} is a file; the output has to be a folder")
-        if self.config_path.exists():
+        if self.config_path.exists() and self._has_work():
             changed = differences(self.config(), config)
             if config.decay != "constant" and any(d.name == "steps" for d in changed):
                 raise InputError(
@@ -98,8 +98,16 @@ class Run:
                     "choose another output folder, or resume it with the same settings"
                 )
             self.check_classes(classes)
-        elif self.folder.exists() and any(not self._may_come_first(path) for path in self.folder.iterdir()):
+        elif (
+            not self.config_path.exists()
+            and self.folder.exists()
+            and any(not self._may_come_first(path) for path in self.folder.iterdir())
+        ):
             raise InputError(f"{self.folder} is not empty and holds no run: choose another output folder")
+
+    def _has_work(self) -> bool:
+        """Whether a step of the run is kept or logged; until then it may begin again with other settings."""
+        return any(self.checkpoints.glob("step-*")) or (self.log_path.exists() and self.log_path.stat().st_size > 0)
 
     def _hold(self) -> filelock.BaseFileLock:
         """Raises InputError if another process holds the run; a process that begins twice does not wait for itself."""
@@ -163,7 +171,7 @@ class Run:
         A teacher that is named by its run alone is the checkpoint which that was when the student began. Earlier
         versions wrote block 8 into every configuration, also where text models align block 6 by default today.
         """
-        if not self.config_path.is_file():
+        if not self.config_path.is_file() or not self._has_work():
             return config
         before = self.config()
         if config.align_block is None:

@@ -51,6 +51,16 @@ def test_checkpoints_are_complete_and_only_the_newest_are_kept(tmp_path):
     assert not load(tmp_path, weights="model").patch_embed.weight.equal(ema.patch_embed.weight)
 
 
+def test_damaged_checkpoints_beyond_the_one_that_is_written_do_not_count(tmp_path):
+    """The run resumed before them; what it writes is newer."""
+    folder = tmp_path / "checkpoints"
+    for step in (10, 15):
+        checkpoint(folder, step, seed=step)
+    (folder / "step-15" / "state.json").unlink()
+    checkpoint(folder, 12, seed=12)
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-10", "step-12"]
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(tmp_path, name):
     older, ema = checkpoint(tmp_path / "checkpoints", 5, seed=0)

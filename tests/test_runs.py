@@ -107,11 +107,30 @@ def test_damaged_samples_are_one_sentence(tmp_path):
 def test_the_same_run_resumes_and_may_become_longer(tmp_path):
     run = Run(tmp_path / "run")
     run.begin(TrainConfig(steps=5, model=SIZES["nano/8"], betas=(0.9, 0.99)))
+    run.log({"step": 1})
     run.begin(TrainConfig(steps=9, model=SIZES["nano/8"], betas=(0.9, 0.99)))
     assert run.config().steps == 9
     with pytest.raises(InputError, match="model.width 64 there, 128 asked for"):
         run.begin(TrainConfig(steps=9, model=SIZES["micro/8"], betas=(0.9, 0.99)))
     assert run.config().model == SIZES["nano/8"]
+
+
+@pytest.mark.parametrize("work", ["log.jsonl", "checkpoints/step-1"])
+def test_until_a_step_is_kept_or_logged_a_run_can_begin_with_other_settings(tmp_path, work):
+    """Its first step may have failed because of them."""
+    run = Run(tmp_path / "run")
+    run.begin(TrainConfig(steps=5, seed=1), ["cat", "dog"])
+    second = TrainConfig(steps=3, seed=2, decay="linear")
+    run.begin(run.completed(second), ["fox"])
+    assert (run.config(), run.classes()) == (second, ["fox"])
+    if work == "log.jsonl":
+        run.log({"step": 1})
+    else:
+        (run.folder / work).mkdir()
+    with pytest.raises(InputError, match="seed 2 there, 3 asked for"):
+        run.begin(TrainConfig(steps=3, seed=3, decay="linear"), ["fox"])
+    with pytest.raises(InputError, match="label 0 for 'fox', now it is 'cat'"):
+        run.begin(second, ["cat"])
 
 
 def test_a_run_that_could_not_begin_on_a_full_disk_begins_later(tmp_path, monkeypatch):
@@ -162,6 +181,7 @@ def test_a_decay_keeps_its_number_of_steps(tmp_path, decay):
     """With another one the learning rate of every step that is left would change."""
     run = Run(tmp_path / "run")
     run.begin(TrainConfig(steps=5, decay=decay))
+    run.log({"step": 1})
     run.begin(TrainConfig(steps=5, decay=decay, log_every=7))
     with pytest.raises(InputError, match=f"was planned for 5 steps, not 9: with decay={decay} .* --start-from"):
         run.begin(TrainConfig(steps=9, decay=decay))
@@ -196,6 +216,7 @@ def test_the_aligned_block_is_the_published_one_and_a_runs_own_when_resumed(tmp_
     run, asked = Run(tmp_path / "run"), TrainConfig(model=text, align="dinov2", steps=9)
     assert run.completed(asked) == asked
     run.begin(replace(asked, align_block=8))  # what an earlier version wrote
+    run.log({"step": 1})
     run.begin(run.completed(asked))
     assert run.config().aligned_block == 8
     with pytest.raises(InputError, match="align_block 8 there, 6 asked for"):

@@ -30,6 +30,8 @@ def train_until_stopped(config: TrainConfig, world: World) -> int:
     with tqdm(total=last, unit="step", mininterval=1, disable=not world.leads) as bar:
         try:
             for record in records:
+                if not bar.n:  # steps before an interruption took none of this program's time
+                    bar.initial = bar.n = bar.last_print_n = record.step - 1
                 if record.step < last and world.any(stop.is_set()):  # all have to stop at the same step
                     records.close()  # writes a checkpoint
                     return record.step

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..checkpoints import classes_of, leaders_checkpoint, load_training_state, save_checkpoint, step_of
+from ..checkpoints import classes_of, leaders_checkpoint, load_training_state, read_window, save_checkpoint, step_of
 from ..compiling import check_compiler, compile_regions
 from ..conditions import Conditions, training_conditions
 from ..config import TrainConfig
@@ -71,7 +71,8 @@ def train(
     `stop_asked` is asked while a student's teacher follows paths, which may take long before the first step.
 
     Raises:
-        InputError: at the call, before any work and in every process: the data, the sizes or the folder cannot be used.
+        InputError: at the call, before any work and in every process: the data, the sizes or the folder cannot be used;
+            while iterating: an image cannot be read.
         WriteError: while iterating: a file of the run cannot be written; earlier checkpoints are kept.
         NonFiniteLoss: while iterating; earlier checkpoints are kept.
         StoppedEarly: while iterating: `stop_asked` said so; paths that were followed are kept.
@@ -79,6 +80,7 @@ def train(
     world = join(device)
     run = Run(Path(config.out).absolute())  # a notebook may change its working directory between two steps
     with world.together():
+        config.check_complete()
         config = run.completed(config)
         datasets = load_datasets(config, world)
         dataset = datasets[config.image_sizes[0]]
@@ -98,6 +100,9 @@ def train(
         check_shared_memory(config, world)
         conditions = training_conditions(config, dataset, world.device)
     checkpoint = leaders_checkpoint(run.checkpoints, world)
+    with world.together():
+        if checkpoint is not None and step_of(checkpoint) > config.steps:
+            raise InputError(f"steps is {config.steps}; {config.out} has made {step_of(checkpoint)} already")
     config, teacher = find_teacher(config, conditions.num_classes, world)
     start = leaders_model(config.start_from or config.teacher, world) if checkpoint is None else None
     with world.together():
@@ -284,12 +289,13 @@ def build_state(job: Job, checkpoint: Path | None) -> TrainingState:
     step = 0
     if checkpoint is not None:
         step = load_training_state(checkpoint, models, optimizer, world)
+    window = LossWindow() if checkpoint is None else LossWindow.restored(read_window(checkpoint), world)
     if world.leads:
         job.run.cut_log(step)  # also to nothing, after a kill before the first checkpoint
     if job.compiles:
         for network in (model, *job.objective.asked):
             compile_regions(network)
-    return TrainingState(models, replicate(model, world), optimizer, step, step)
+    return TrainingState(models, replicate(model, world), optimizer, step, step, window=window)
 
 
 # --- the steps -------------------------------------------------------------------------------------------------------
@@ -346,7 +352,7 @@ def _steps(job: Job, checkpoint: Path | None) -> Iterator[StepRecord]:
             # ==========================================================================================================
             if logs:
                 entry = {"step": state.step, **state.window.summary(world), "learning_rate": lr}
-                entry |= speed.read(state.window.steps * config.batch_size)
+                entry |= speed.read(state.window.steps_here * config.batch_size)
                 if config.non_finite == "skip":
                     entry["skipped"] = state.window.skipped
                 if board is not None:
@@ -380,8 +386,9 @@ def settle_buckets(job: Job, state: TrainingState, batch: Batch) -> None:
     After its first backward pass DDP divides the gradients anew into the buckets that it exchanges. With three or more
     processes the order in which a number is summed depends on its place there, and so does its last bit.
     """
+    window, state.window = state.window, LossWindow()
     compute_gradients(job, state, batch)
-    state.window = LossWindow()
+    state.window = window
 
 
 def compute_gradients(job: Job, state: TrainingState, batch: Batch) -> Tensor:
@@ -489,8 +496,17 @@ def save(job: Job, state: TrainingState) -> None:
     """Start to write a checkpoint of the completed steps, unless one exists; first complete the one before."""
     complete_checkpoint(job, state)
     if state.step > state.saved:
-        folder, keep, keep_every = job.run.checkpoints, job.config.keep_checkpoints, job.config.keep_every
-        state.writing = save_checkpoint(folder, state.step, state.models, state.optimizer, keep, job.world, keep_every)
+        config, window = job.config, state.window.sums(job.world)
+        state.writing = save_checkpoint(
+            job.run.checkpoints,
+            state.step,
+            state.models,
+            state.optimizer,
+            config.keep_checkpoints,
+            job.world,
+            config.keep_every,
+            window,
+        )
 
 
 def complete_checkpoint(job: Job, state: TrainingState) -> None:

@@ -32,7 +32,8 @@ class StepPart(NamedTuple):
 class LossWindow:
     """The losses since the last log entry: their mean, and the mean for each tenth of t in [0, 1].
 
-    Every list has one entry per step; a step that was skipped is only counted.
+    Every list has one entry per step; a step that was skipped is only counted. `sums` and `restored` carry it over an
+    interruption, so that a resumed run logs what one that never stopped does.
     """
 
     def __init__(self) -> None:
@@ -41,6 +42,31 @@ class LossWindow:
         self.parts: list[list[StepPart]] = []  # of this process
         self.times: list[Tensor] = []  # [B] each, of this process
         self.skipped = 0
+        self.before: dict[str, Any] = {"steps": 0, "sums": [0.0] * 10, "counts": [0] * 10, "terms": {}}
+
+    @classmethod
+    def restored(cls, sums: dict[str, Any] | None, world: World) -> "LossWindow":
+        """The window of an interrupted run, from what `sums` returned; an empty one for None."""
+        window = cls()
+        if sums:
+            window.before = sums
+            for values, name in ((window.losses, "losses"), (window.norms, "norms")):
+                values += [torch.tensor(value, device=world.device) for value in sums[name]]
+            window.skipped = sums["skipped"]
+        return window
+
+    def sums(self, world: World) -> dict[str, Any]:
+        """What `restored` needs, as JSON can keep it. Every process has to call it."""
+        sums, counts = self._by_tenth(world)
+        return {
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "losses": torch.stack(self.losses).tolist() if self.losses else [],
+            "norms": torch.stack(self.norms).tolist() if self.norms else [],
+            "sums": sums.tolist(),
+            "counts": counts.tolist(),
+            "terms": {name: values.tolist() for name, values in self._terms(world).items()},
+        }
 
     def add_step(self, loss: Tensor, norm: Tensor, parts: list[StepPart], t: Tensor) -> None:
         """Add the loss of a step over all processes, its gradient norm, and this process's parts and times [B]."""
@@ -60,6 +86,11 @@ class LossWindow:
         """Steps since the last log entry, skipped ones included."""
         return len(self.losses) + self.skipped
 
+    @property
+    def steps_here(self) -> int:
+        """Those of them that this program made, and not the one that was interrupted."""
+        return self.steps - self.before["steps"]
+
     def first_bad(self) -> Bad | None:
         """The first loss or gradient that is not finite; None if all are finite."""
         kinds = {"loss": self.losses, "gradient": self.norms}
@@ -76,19 +107,33 @@ class LossWindow:
         """
         if not self.losses:
             return {"loss": None, "gradient_norm": None, "largest_gradient_norm": None, "loss_by_t": [None] * 10}
-        parts = [part for step in self.parts for part in step]
-        losses = torch.cat([part.per_image for part in parts])
-        per_image, t = (world.gather(values).cpu() for values in (losses, torch.cat(self.times)))
-        tenth = (10 * t).long().clamp(max=9)
-        count = torch.bincount(tenth, minlength=10)
-        total = torch.bincount(tenth, per_image.double(), minlength=10)
+        total, count = self._by_tenth(world)
         by_t = [round(float(a / n), 6) if n else None for a, n in zip(total, count, strict=True)]
         means = {"loss": torch.stack(self.losses).mean(), "gradient_norm": torch.stack(self.norms).mean()}
         means["largest_gradient_norm"] = torch.stack(self.norms).max()
-        for name in dict.fromkeys(name for part in parts for name in part.terms):
-            values = [part.terms[name] for part in parts if name in part.terms]
-            means[name] = world.mean(torch.stack(values).mean())
+        means |= {name: values.mean() for name, values in self._terms(world).items()}
         return {**{name: float(value) for name, value in means.items()}, "loss_by_t": by_t}
+
+    def _by_tenth(self, world: World) -> tuple[Tensor, Tensor]:
+        """The sum of the images' losses in each tenth of t, float64 [10], and the number of images, [10]."""
+        sums = torch.tensor(self.before["sums"], dtype=torch.float64)
+        counts = torch.tensor(self.before["counts"])
+        if self.times:
+            losses = torch.cat([part.per_image for step in self.parts for part in step])
+            per_image, t = (world.gather(values).cpu() for values in (losses, torch.cat(self.times)))
+            tenth = (10 * t).long().clamp(max=9)
+            sums += torch.bincount(tenth, per_image.double(), minlength=10)
+            counts += torch.bincount(tenth, minlength=10)
+        return sums, counts
+
+    def _terms(self, world: World) -> dict[str, Tensor]:
+        """The other terms by name, [parts of steps], averaged over all processes."""
+        found = {name: torch.tensor(values, device=world.device) for name, values in self.before["terms"].items()}
+        parts = [part.terms for step in self.parts for part in step]
+        for name in dict.fromkeys(name for terms in parts for name in terms):
+            values = world.mean(torch.stack([terms[name] for terms in parts if name in terms]))
+            found[name] = torch.cat([found[name], values]) if name in found else values
+        return found
 
 
 class SpeedMeter:

@@ -38,6 +38,9 @@ def torchrun(*arguments, processes=2, **options):
     return subprocess.Popen([*command, *map(str, arguments)], cwd=ROOT, env=environment, **options)
 
 
+LOGGED = ("loss", "gradient_norm", "largest_gradient_norm", "loss_by_t", "learning_rate")
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Uninterrupted runs; and runs whose processes were killed past step 7, before and after they were resumed."""
@@ -71,7 +74,10 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(folders, way):
     assert (straight / "ema-0.5.safetensors").is_file()
     assert len(list(straight.glob("shards/*.safetensors"))) == (2 if WAYS[way].get("shard") else 0)
     assert losses(folders / "resumed", way) == losses(folders / "straight", way)[KILLED_AFTER:]
-    assert [entry["step"] for entry in Run(folders / "resumed" / way).read_log()] == [5, 10, 15, 20]
+    log, other = (Run(folders / name / way).read_log() for name in ("resumed", "straight"))
+    assert [entry["step"] for entry in log] == [5, 10, 15, 20]
+    for mine, theirs in zip(log, other, strict=True):
+        assert [mine[name] for name in LOGGED] == [theirs[name] for name in LOGGED]
 
 
 @ways

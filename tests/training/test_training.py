@@ -24,15 +24,17 @@ from pixnerd import InputError, ModelConfig, checkpoints, data, flow, load, plot
 from pixnerd.averages import exponent
 from pixnerd.checkpoints import newest_checkpoint
 from pixnerd.conditions import Labels, training_conditions
+from pixnerd.config import STUDENT_SAMPLING
 from pixnerd.cost import forward_flops
 from pixnerd.distributed import ALONE, World
 from pixnerd.errors import WriteError
 from pixnerd.model import PixNerd
 from pixnerd.plain import network
+from pixnerd.planning import plan_run
 from pixnerd.randomness import Purpose, derived_seed, generator, normal, permuted, random_bits
 from pixnerd.runs import Run
 from pixnerd.text import TextModelConfig
-from pixnerd.training import NonFiniteLoss, TrainConfig, draw_step, step_indices, step_size, train
+from pixnerd.training import NonFiniteLoss, TrainConfig, draw_step, interruptible, step_indices, step_size, train
 from pixnerd.training.batches import out_of_reach_of_signals, step_batches
 from pixnerd.training.loop import Job, build_models
 from pixnerd.training.losses import VelocityLoss
@@ -64,6 +66,12 @@ def final_files(folder):
     return {path.name: path.read_bytes() for path in checkpoint.iterdir()}
 
 
+def logged(folder):
+    """The lines of a run's log without what depends on the machine's speed."""
+    speeds = {"images_per_second", "tflops", "utilisation"}
+    return [{name: value for name, value in entry.items() if name not in speeds} for entry in Run(folder).read_log()]
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """An uninterrupted run: its folder and its losses."""
@@ -81,7 +89,8 @@ def test_stopped_and_resumed_is_the_same_run(tmp_path, straight, stops):
                 break
     assert losses == straight[1]
     assert final_files(folder) == final_files(straight[0])  # model, EMA and optimiser, bit for bit
-    assert [entry["step"] for entry in Run(folder).read_log()] == [4, 8, 12]
+    assert logged(folder) == logged(straight[0])
+    assert [entry["step"] for entry in logged(folder)] == [4, 8, 12]
 
 
 def test_a_crash_between_checkpoints_loses_only_what_came_after(tmp_path, straight):
@@ -587,6 +596,7 @@ def test_alignment_teaches_a_block_the_teachers_features(tmp_path, monkeypatch):
     list(train(straight, CPU))
     assert final_files(tmp_path / "run") == final_files(tmp_path / "straight")
     assert "projector.safetensors" in final_files(tmp_path / "run")
+    assert logged(tmp_path / "run") == logged(tmp_path / "straight")
 
     Means.seen = 0
     cached = dataclasses.replace(config, out=str(tmp_path / "cached"), cache_teacher=True, horizontal_flip=False)
@@ -938,6 +948,73 @@ def test_a_run_with_skipped_steps_resumes_bit_for_bit(tmp_path):
     with overflowing(9 - 4):
         list(train(resumed, CPU))
     assert final_files(tmp_path / "resumed") == final_files(tmp_path / "straight")
+    assert logged(tmp_path / "resumed") == logged(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("changes", [{"non_finite": "skip"}, {"align": "means", "align_block": 1, "align_until": 0}])
+def test_a_run_resumes_that_has_weights_without_a_gradient_so_far(tmp_path, monkeypatch, changes):
+    """All of them after a first step that was skipped; the projector of an arm that is never aligned."""
+    monkeypatch.setattr("pixnerd.frozen.load", lambda *_: Means())
+    straight, resumed = (config_for(tmp_path / name, **changes) for name in ("straight", "resumed"))
+    first = [1] if "non_finite" in changes else []
+    with overflowing(*first):
+        list(train(straight, CPU))
+    with overflowing(*first):
+        records = train(resumed, CPU)
+        next(records)
+        records.close()
+    list(train(resumed, CPU))
+    assert final_files(tmp_path / "resumed") == final_files(tmp_path / "straight")
+    assert logged(tmp_path / "resumed") == logged(tmp_path / "straight")
+
+
+def test_the_speed_after_an_interruption_is_of_the_steps_since_then(tmp_path, monkeypatch):
+    records, read = train(config_for(tmp_path / "run", log_every=12), CPU), []
+    while next(records).step < 7:
+        pass
+    records.close()
+    monkeypatch.setattr("pixnerd.training.meters.SpeedMeter.read", lambda _, images: read.append(images) or {})
+    list(train(config_for(tmp_path / "run", log_every=12), CPU))
+    assert read == [5 * 8]
+
+
+def test_fewer_steps_than_were_made_are_refused(tmp_path):
+    list(train(config_for(tmp_path / "run"), CPU))
+    with pytest.raises(InputError, match="steps is 4; .*run has made 12 already"):
+        train(config_for(tmp_path / "run", steps=4), CPU)
+    assert Run(tmp_path / "run").config().steps == 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"sampling": STUDENT_SAMPLING}, "sampling.solver is map"),
+        ({"paths": 64}, "paths is 64"),
+        ({"fd_weight": 0.1}, "fd_weight is 0.1"),
+    ],
+)
+def test_a_students_settings_without_a_teacher_are_refused(tmp_path, changes, sentence):
+    with pytest.raises(InputError, match=f"{sentence}, which only a few-step student has: name its teacher"):
+        train(config_for(tmp_path / "run", **changes), CPU)
+    with pytest.raises(InputError, match=sentence):
+        plan_run(config_for(tmp_path / "run", **changes))
+
+
+def test_the_bar_of_a_resumed_run_shows_the_speed_of_this_program(tmp_path, monkeypatch):
+    records, bars = train(config_for(tmp_path / "run"), CPU), []
+    while next(records).step < 9:
+        pass
+    records.close()
+
+    class Kept(interruptible.tqdm):
+        def close(self):
+            bars.append((self.initial, self.n, self.last_print_n))
+            super().close()
+
+    monkeypatch.setattr(interruptible, "tqdm", Kept)
+    monkeypatch.setattr(interruptible, "on_stop_signals", lambda _: None)
+    assert interruptible.train_until_stopped(config_for(tmp_path / "run"), ALONE) == 12
+    assert bars[0][:2] == (9, 12)
 
 
 def test_only_a_row_of_skipped_steps_stops_a_run(tmp_path):
