@@ -193,9 +193,9 @@ def _publish(partial: Path, target: Path, keep: int, keep_every: int | None) -> 
     sync(folder)
     write_atomically(folder / LATEST, target.name + "\n")
     listed = numbered(folder)
-    beyond = [path for number, path in listed if number > step_of(target)]  # damaged: the run resumed before them
-    earlier = [(number, path) for number, path in listed if path not in beyond][:-keep]
-    for old in (*beyond, *(path for number, path in earlier if not keep_every or number % keep_every)):
+    damaged = [path for number, path in listed if number > step_of(target) and _is_damaged(path)]  # resumed before them
+    earlier = [(number, path) for number, path in listed if path not in damaged][:-keep]
+    for old in (*damaged, *(path for number, path in earlier if not keep_every or number % keep_every)):
         retired = old.with_name(f".retired-{old.name}")  # hidden first, so that no reader finds it half removed
         old.rename(retired)
     for retired in folder.glob(".retired-*"):
@@ -303,6 +303,14 @@ def check_checkpoint(checkpoint: Path) -> None:
     for path in (*parts, *sorted(needed | set(checkpoint.glob("*.safetensors")))):
         with readable(path), safe_open(path, "pt"):  # reads the header and compares it with the file's length
             pass
+
+
+def _is_damaged(checkpoint: Path) -> bool:
+    try:
+        check_checkpoint(checkpoint)
+    except InputError:
+        return True
+    return False
 
 
 def leaders_checkpoint(folder: Path, world: World) -> Path | None:

@@ -82,7 +82,10 @@ class Run:
         """Raise InputError unless the folder is free for the run, or holds it."""
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder} is a file; the output has to be a folder")
-        if self.config_path.exists() and self._has_work():
+        if not self.config_path.exists():
+            if self.folder.exists() and any(not self._may_come_first(path) for path in self.folder.iterdir()):
+                raise InputError(f"{self.folder} is not empty and holds no run: choose another output folder")
+        elif self._has_work():
             changed = differences(self.config(), config)
             if config.decay != "constant" and any(d.name == "steps" for d in changed):
                 raise InputError(
@@ -98,12 +101,6 @@ class Run:
                     "choose another output folder, or resume it with the same settings"
                 )
             self.check_classes(classes)
-        elif (
-            not self.config_path.exists()
-            and self.folder.exists()
-            and any(not self._may_come_first(path) for path in self.folder.iterdir())
-        ):
-            raise InputError(f"{self.folder} is not empty and holds no run: choose another output folder")
 
     def _has_work(self) -> bool:
         """Whether a step of the run is kept or logged; until then it may begin again with other settings."""
