@@ -158,8 +158,7 @@ class Sample(Command):
         subjects = conditions.asked_for(self.labels, self.prompts, f"{'run ' * bool(source.run)}{self.source}")
         guide = load_guide(self.sampling, device)
         compile_to_sample(self.compile, model, guide, self.count, self.sampling)
-        each = -(-self.count // len(subjects))  # rounded up
-        indices = torch.arange(len(subjects)).repeat_interleave(each)[: self.count]  # each image's subject
+        indices = (torch.arange(self.count) % len(subjects)).sort().values  # each image's subject
         batches = sample_batches(
             model,
             conditions.encode([subjects[index] for index in indices.tolist()]),
@@ -174,7 +173,7 @@ class Sample(Command):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             images = list(tqdm(batches, total=-(-self.count // self.batch_size), unit="batch"))
         labels = indices if self.prompts else torch.tensor(subjects)[indices]
-        target.save_samples(torch.cat(images), labels, columns=min(each, 20))
+        target.save_samples(torch.cat(images), labels, columns=min(-(-self.count // len(subjects)), 20))
         print(f"sampled: {target.folder / 'samples.png'}, {target.folder / 'samples.npz'}")
 
 
@@ -183,8 +182,9 @@ class Evaluate(EvaluationConfig):
     """Measure samples against real images: saved samples, or images sampled on the fly with a trained model.
 
     A text model samples the plainest caption of each reference image; the reference then has to be a data set. Each
-    result becomes a row of the run's metrics.json, or of runs/NAME/metrics.json for weights without a run; results
-    already there are not measured again. `torchrun … -m pixnerd evaluate …` samples and measures on many GPUs.
+    result becomes a row of the run's metrics.json, or of runs/NAME/metrics.json for weights without a run; of images
+    sampled on the fly, what is already there is not measured again. `torchrun … -m pixnerd evaluate …` samples and
+    measures on many GPUs.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL|IMAGES")]
@@ -553,9 +553,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command.
 
     Exit codes: 2 after invalid input or a file that cannot be written, 1 after a non-finite loss, STOPPED if a signal
-    ended a training run early. What every process refuses, only the leading one says.
+    ended a training run early. An error that all processes raise is printed by the leading one alone.
     """
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     try:
         try:
             command = parse(sys.argv[1:] if arguments is None else arguments)

@@ -41,7 +41,7 @@ RELEASED = {
 }
 Compile = Literal["auto", "on", "off"]
 JPEG_BLOCK = 8  # pixels along a side
-ALIGNED = f"{', '.join(frozen.IMAGE_NETWORKS)}, a DINOv2's folder or hub id (published: facebook/dinov2-base)"
+ALIGNED = "efficientnet, dinov2 (the large one), a DINOv2's folder or hub id (published: facebook/dinov2-base)"
 
 
 @dataclass(frozen=True)
@@ -242,6 +242,10 @@ class TrainConfig:
         if self.frequency_quality is not None and not 1 <= self.frequency_quality <= 100:
             raise InputError(f"JPEG quality is {self.frequency_quality}; it has to be a whole number from 1 to 100")
         self.average_decays(1)  # knows each width
+        if self.average_every > self.steps:
+            raise InputError(
+                f"average_every is {self.average_every}; a training run of {self.steps} steps would have no average"
+            )
         self._check_distillation()
         if self.field_kernel == "fused":
             check_fused(self.model)

@@ -41,7 +41,8 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(config: EvaluationConfig, world: World | None = None) -> Evaluation:
-    """Measure images against real ones. A run keeps each result in metrics.json and is not measured twice.
+    """Measure images against real ones. A run keeps each result in metrics.json, and what it samples for one, see
+    `EvaluationConfig.draw`, is not sampled and measured twice.
 
     Args:
         config: which images to measure, against which, and how.
@@ -103,9 +104,20 @@ def _subject(config: EvaluationConfig) -> tuple[ModelSource | None, Run | None]:
     run = Run(config.source)
     if run.config_path.is_file():
         return None, run
+    if _is_model(config.source):
+        raise InputError(f"{config.source} is a trained model: say with --draw how many images to sample and measure")
     if not config.reference:
         raise InputError(f"{config.source} holds no run: name the real images with --reference")
     return None, None
+
+
+def _is_model(name: str) -> bool:
+    """Whether this names weights, RUN@STEP among them, and no images."""
+    try:
+        source = find_model(name)
+    except InputError:
+        return False
+    return source.run is not None or source.path is None or source.path.suffix in (".safetensors", ".ckpt")
 
 
 def _load(source: ModelSource, config: EvaluationConfig, world: World) -> tuple[ModelSource, PatchDenoiser]:

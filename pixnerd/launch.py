@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from .errors import InputError
 from .signals import STOPPED
@@ -22,8 +23,9 @@ class LaunchError(RuntimeError):
     """A command failed; the message has the command, how it ended and its last lines of output."""
 
 
-def launch(arguments: Sequence[str], processes: int = 1) -> Iterator[str]:
-    """Run `pixnerd ARGUMENTS` and yield its output line by line; each update of a progress bar is a line.
+def launch(arguments: Sequence[str], processes: int = 1, folder: Path | None = None) -> Iterator[str]:
+    """Run `pixnerd ARGUMENTS`, in this folder or another one, and yield its output line by line; each update of a
+    progress bar is a line.
 
     Several processes, one for each GPU of this machine, are started through `torchrun` below.
 
@@ -39,6 +41,7 @@ def launch(arguments: Sequence[str], processes: int = 1) -> Iterator[str]:
     several = ["-m", "pixnerd.launch", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     process = subprocess.Popen(
         [sys.executable, *several, "-m", "pixnerd", *arguments],
+        cwd=folder,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -117,6 +117,8 @@ class PatchDenoiser(nn.Module):
         P·H/h × P·W/w pixels of the full image, at coordinates resampled over the same range. With `tap`, the output
         tokens [B, N, D] of this block, counted from 1, are returned with the velocity.
         """
+        if tap is not None and not 1 <= tap <= len(self.blocks):
+            raise InputError(f"tap is {tap}; the model has blocks 1 … {len(self.blocks)}")
         P = self.config.patch_size
         height, width = base_resolution or x.shape[2:]
         rows, columns = height // P, width // P
@@ -152,6 +154,8 @@ class PatchDenoiser(nn.Module):
         r: Tensor | None = None,
     ) -> None:
         """Raise InputError unless images, times, condition and base resolution fit the model and each other."""
+        if x.ndim != 4:
+            raise InputError(f"images have shape {tuple(x.shape)}; [B, C, H, W] is needed")
         check_resolution(self.config, tuple(x.shape[2:]), base_resolution)
         if x.shape[1] != self.config.channels:
             raise InputError(f"images have {x.shape[1]} channels; this model was built for {self.config.channels}")
@@ -249,7 +253,13 @@ class PixNerd(PatchDenoiser):
 
     def as_condition(self, condition: Any) -> Tensor:
         """Labels [B], 0 … num_classes."""
-        labels = torch.as_tensor(condition, dtype=torch.long)
+        try:
+            labels = torch.as_tensor(condition)
+        except (TypeError, ValueError, RuntimeError) as error:  # such as prompts
+            raise InputError(f"labels are {condition!r}; a list of classes, whole numbers, is needed") from error
+        if labels.numel() and (labels.is_floating_point() or labels.is_complex()):
+            raise InputError(f"labels have type {labels.dtype}; whole numbers are needed")
+        labels = labels.long()
         if labels.ndim != 1 or len(labels) == 0:
             raise InputError(f"labels have shape {tuple(labels.shape)}; a list of at least one class is needed")
         check_labels(labels, self.num_classes)

@@ -11,6 +11,7 @@ Every command, notebook and panel that takes a trained model takes these names:
 """
 
 import dataclasses
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -267,6 +268,13 @@ def student_config(teacher: str, recipe: TrainConfig | None = None, **changes: A
     source = find_model(teacher)
     found: dict[str, Any] = {"distil": "shortcut", "teacher": teacher}
     found |= {"teacher_guidance": source.sampling.guidance, "teacher_interval": source.sampling.interval}
+    if guide := source.sampling.guide:
+        found |= {"teacher_guidance": 1.0, "teacher_interval": None}
+        warnings.warn(
+            f"teacher {teacher} is guided by {guide}, which cannot be taught: the student learns it without guidance, "
+            "unless --teacher-guidance asks for the teacher's own",
+            stacklevel=2,
+        )
     found["teacher_last"] = time_grid(source.sampling.steps, source.sampling.shift)[-2]
     if source.run is not None:
         own = source.run.config()

@@ -271,8 +271,7 @@ def advice(plan: Plan, card: float = CARD) -> str:
 
 def paths_line(config: TrainConfig) -> str:
     """The number of a student's kept paths and their size on the disk, in one line."""
-    model = config.model
-    size = config.paths * path_bytes((model.channels, model.image_size, model.image_size)) / GIB
+    size = config.paths * path_bytes(config.model) / GIB
     return f"{config.paths:,} paths of the teacher, followed before the first step, take {size:.3g} GiB on the disk"
 
 

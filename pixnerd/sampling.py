@@ -91,6 +91,11 @@ def trajectory(
     _check_models(model, condition, weaker, config)
     unconditional = _unconditional(model, condition, unconditional, config) if weaker is None else condition
     indices = range(len(condition)) if indices is None else indices
+    if noise is not None and (noise.ndim != 4 or noise.shape[1] != model.config.channels):
+        raise InputError(f"noise has shape {tuple(noise.shape)}; [B, {model.config.channels}, H, W] is needed")
+    for name, sides in (("size", size), ("base_resolution", base_resolution)):
+        if sides is not None and not (isinstance(sides, Sequence) and len(sides) == 2):
+            raise InputError(f"{name} is {sides!r}; a height and a width in pixels are needed")
     if noise is not None and size is not None and tuple(noise.shape[2:]) != tuple(size):
         raise InputError(f"size {size} and noise of {tuple(noise.shape[2:])} pixels disagree; give one of them")
     height, width = noise.shape[2:] if noise is not None else size or (model.config.image_size,) * 2

@@ -78,7 +78,10 @@ class TextPixNerd(PatchDenoiser):
 
     def as_condition(self, condition: Any) -> Tensor:
         """Text features [B, L, F]."""
-        text = torch.as_tensor(condition)
+        try:
+            text = torch.as_tensor(condition)
+        except (TypeError, ValueError, RuntimeError) as error:  # such as prompts
+            raise InputError(f"text is {condition!r}; the features of an encoder are needed, [B, L, F]") from error
         check_text(self.config, text)
         return text
 

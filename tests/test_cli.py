@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pixnerd import InputError, data, load
 from pixnerd.cli import main, parse
@@ -47,6 +49,10 @@ def test_train_then_sample(trained, tmp_path, capsys):
         assert file["labels"].tolist() == [7] * 6 + [2] * 6
         whole = file["arr_0"]
     assert run("sample", trained, "--count", 12, "--labels", 7, 2, "--batch-size", 12, "--out", tmp_path) == 0
+    for count, labels in ((12, [0, 0, 1, 1, *range(2, 10)]), (4, [0, 1, 2, 3])):  # ten classes
+        assert run("sample", trained, "--count", count, "--out", tmp_path / "all") == 0
+        with np.load(tmp_path / "all" / "samples.npz") as file:
+            assert file["labels"].tolist() == labels
     with np.load(tmp_path / "samples.npz") as file:
         assert np.abs(file["arr_0"].astype(int) - whole).max() <= 1
 
@@ -252,6 +258,25 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_class_whose_name_is_no_text_can_be_looked_at(tmp_path, capsys):
+    folder = tmp_path / "pictures" / os.fsdecode(b"caf\xe9")
+    folder.mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(folder / "a.png")
+    assert run("data", f"folder:{tmp_path / 'pictures'}", "--image-size", 16) == 0
+    assert "caf\\udce9" in capsys.readouterr().out
+
+
+def test_a_teacher_that_another_model_guides_is_taught_without_it(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "guided")
+    config = Run(tmp_path / "guided").config()
+    sampling = dataclasses.replace(config.sampling, guide="runs/weaker")
+    changed = json.dumps(dataclasses.replace(config, sampling=sampling).to_dict())
+    (tmp_path / "guided" / "config.json").write_text(changed)
+    with pytest.warns(UserWarning, match="is guided by runs/weaker, which cannot be taught"):
+        found = parse(["train", "--teacher", str(tmp_path / "guided")]).config
+    assert (found.teacher_guidance, found.teacher_interval) == (1.0, None)
 
 
 def test_none_and_flags_after_the_runs_own_settings(trained, tmp_path):

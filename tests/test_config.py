@@ -66,6 +66,7 @@ def test_every_field_refuses_values_of_another_kind(name):
         ({"learning_rate": math.nan}, "learning_rate is nan; it has to be a finite number"),
         ({"clip": 0.0}, "clip is 0.0; it has to be greater than 0, or None"),
         ({"betas": (0.9, 1.0)}, r"betas is \(0.9, 1.0\); it has to be at least 0 and below 1"),
+        ({"steps": 9, "average_every": 10}, "average_every is 10; a training run of 9 steps would have no average"),
         ({"betas": (0.9,)}, r"betas is \(0.9,\); it has to have 2 entries"),
         ({"extra_ema_decays": [0.5]}, r"extra_ema_decays is \[0.5\]; it has to be a tuple"),
         ({"seed": -1}, "seed is -1; it cannot be negative"),

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -21,7 +23,7 @@ from pixnerd.frozen.efficientnet import EfficientNet
 from pixnerd.frozen.inception import Inception
 from pixnerd.metrics import features
 from pixnerd.metrics.features import collect, compare, own_batches
-from pixnerd.metrics.images import open_images
+from pixnerd.metrics.images import BatchReader, open_images
 from pixnerd.model_source import find_model
 from pixnerd.runs import Run
 from pixnerd.training import train
@@ -107,6 +109,13 @@ def test_photographs_of_any_size_are_a_reference_but_not_samples(tmp_path):
     assert torch.equal(found[1].permute(1, 2, 0), torch.tensor(np.array(whole)))
     with pytest.raises(InputError, match=r"1.png has \(24, 24\) pixels, those before it \(24, 40\); .* --reference"):
         open_images(tmp_path)
+
+
+def test_a_process_that_dies_while_it_loads_is_one_sentence(tmp_path, monkeypatch):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    monkeypatch.setattr(BatchReader, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(InputError, match="loads images has died .* --shm-size, or take --workers 0$"):
+        list(open_images(tmp_path, 16).batches(1, workers=1))
 
 
 def test_a_run_whose_data_has_other_classes_now_is_not_measured(tmp_path):
@@ -320,6 +329,8 @@ def test_evaluate_refuses_what_it_cannot_measure(run, tmp_path, capsys):
 
     assert "has no samples.npz: run `pixnerd sample" in refused(run.folder)
     assert "holds no run: name the real images with --reference" in refused(tmp_path)
+    for weights in (find_model(run.folder).settled().pinned, next(run.checkpoints.glob("*/ema.safetensors"))):
+        assert f"{weights} is a trained model: say with --draw how many images" in refused(weights)
     assert "draw is -1" in refused(run.folder, "--draw", -1)
     assert "weights is 'x'; EfficientNet has its own" in refused(run.folder, "--draw", 4, "--weights", "x")
     assert "nothing.pth do not exist" in refused(

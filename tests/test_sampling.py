@@ -163,6 +163,12 @@ def test_sampling_builds_no_graph_and_takes_other_sizes(tiny):
         ([0], {"noise": torch.zeros(1, 3, 16, 16), "size": (8, 16)}, r"noise of \(16, 16\) pixels disagree"),
         ([0], {"noise": torch.zeros(1, 3, 16, 16), "size": (16, 8)}, "disagree"),
         ([0], {"indices": [0, 1]}, "2 images of noise, 1 conditions, 2 indices"),
+        (["30 degrees"], {}, r"labels are \['30 degrees'\]; a list of classes, whole numbers, is needed"),
+        ([0.7], {}, "labels have type torch.float32; whole numbers are needed"),
+        ([0], {"noise": torch.zeros(1, 1, 16, 16)}, r"noise has shape \(1, 1, 16, 16\); \[B, 3, H, W\] is needed"),
+        ([0], {"noise": torch.zeros(3, 16, 16)}, r"noise has shape \(3, 16, 16\); \[B, 3, H, W\] is needed"),
+        ([0], {"size": 32}, "size is 32; a height and a width in pixels are needed"),
+        ([0], {"base_resolution": (16,)}, r"base_resolution is \(16,\); a height and a width"),
     ],
 )
 def test_bad_input_is_refused_at_the_call(tiny, labels, options, sentence):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
 from PIL import Image
@@ -9,7 +10,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from ..errors import InputError
-from ..files import make_folder
+from ..files import make_folder, writing
 from .dataset import ImageDataset, cache_folder
 from .pictures import center_crop
 
@@ -24,6 +25,9 @@ def fetch(folder: Path, train: bool) -> CIFAR10:
         WriteError: the folder cannot be written.
     """
     make_folder(folder)
+    with writing(folder):
+        lock = filelock.FileLock(folder / ".lock")
+        lock.acquire()  # another run of a sweep may be fetching it
     try:
         return CIFAR10(folder, train=train, download=True)
     except (OSError, RuntimeError, EOFError) as error:  # no network, a wrong checksum, a cut archive
@@ -31,6 +35,8 @@ def fetch(folder: Path, train: bool) -> CIFAR10:
             f"CIFAR-10 could not be fetched from {CIFAR10.url} ({error}): put {CIFAR10.filename} into {folder}, or run "
             "this again with a network"
         ) from error
+    finally:
+        lock.release()
 
 
 class Cifar10(ImageDataset):

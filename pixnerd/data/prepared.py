@@ -28,6 +28,7 @@ from ..differences import differences
 from ..errors import InputError, WriteError
 from ..files import make_folder, read_json, remove_partial_files, replacing, write_atomically
 from .dataset import ImageDataset
+from .loading import fetched
 
 SHARD_IMAGES = 1024  # at most, so that an interruption loses little
 SHARD_BYTES = 2**28  # at most: each process holds one shard in memory while writing it
@@ -222,7 +223,7 @@ def prepare(source: ImageDataset, name: str, folder: Path, workers: int) -> Copy
         raise InputError(f"{folder} needs {needed / 1e9:.1f} GB more, and its disk has {free / 1e9:.1f} GB left")
     written = DataLoader(shards, batch_size=None, sampler=todo, num_workers=min(workers, len(todo)))
     with tqdm(desc="preparing", total=len(source), initial=len(source) - left, unit="image", mininterval=1) as bar:
-        for done in written:
+        for done in fetched(written) if workers else written:
             if isinstance(done, InputError):
                 raise done
             bar.update(done)

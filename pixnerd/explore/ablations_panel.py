@@ -64,7 +64,7 @@ class Ablations(anywidget.AnyWidget):
         self.progress = known | {"line": "starting"}
         error, told = "", time.monotonic()
         try:
-            with contextlib.closing(launch(self.command(study, number))) as lines:
+            with contextlib.closing(launch(self.command(study, number), folder=self.project)) as lines:
                 for line in lines:
                     if self._stopped.is_set():
                         break

@@ -218,7 +218,8 @@ class Panel(widgets.VBox):
 
         classes = run.conditions.num_classes
         kind = "text to image" if classes is None else f"{classes} classes"
-        title = widgets.HTML(f"<b>{html.escape(name)}</b> · {kind}, trained at {side} × {side} pixels")
+        other = f" · guided by itself here, and not by {html.escape(own.guide)}" if own.guide else ""
+        title = widgets.HTML(f"<b>{html.escape(name)}</b> · {kind}, trained at {side} × {side} pixels{other}")
         sampling = [self.solver, self.steps, self.shift, self.guidance, self.interval, self.everywhere]
         controls = [self.subject, self.count, self.size, self.seed, *sampling, self.draw, self.progress, self.error]
         self.results = [

@@ -181,7 +181,7 @@ def _of_file(study: Study, path: Path, project: Path, recorded: bool = False) ->
     plan = []
     try:
         if not study.models:
-            plan = expand(study, project / RUNS / study.name)
+            plan = expand(study, project / RUNS / study.name, project)
     except InputError:  # such as a teacher that is not here
         if not recorded:
             raise

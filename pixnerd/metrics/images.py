@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .. import data
+from ..data.loading import fetched
 from ..data.pictures import PictureFiles, find_pictures, in_threads, read_pixels, upright_size
 from ..errors import InputError
 from ..files import content_hash, folder_hash, reachable
@@ -38,7 +39,7 @@ class Images:
         if self.in_memory or not workers:
             return self.read(batch_size, numbers)
         reader = BatchReader(self, batch_size)
-        return map(_unless_error, DataLoader(reader, None, sampler=numbers, num_workers=workers))
+        return map(_unless_error, fetched(DataLoader(reader, None, sampler=numbers, num_workers=workers)))
 
 
 @dataclass(frozen=True)

@@ -167,10 +167,11 @@ def read_study(path: Path) -> Study:
         raise InputError(f"{path}: {error}") from error
 
 
-def expand(study: Study, out: Path) -> list[PlannedRun]:
+def expand(study: Study, out: Path, project: Path | None = None) -> list[PlannedRun]:
     """Every run of a study, in folders of `out`: all combinations with the first seed, then with the second …
 
-    A seed that is added at the end leaves the numbers of all other runs as they are.
+    A seed that is added at the end leaves the numbers of all other runs as they are. The teacher of a student is looked
+    for in the folder `project`, by default in this one, where the runs will be made.
 
     Raises:
         InputError: a combination is no configuration, or is that of another one; a model is no trained run.
@@ -189,7 +190,7 @@ def expand(study: Study, out: Path) -> list[PlannedRun]:
         for choices in combinations:
             arm = "-".join(choices.values())
             try:
-                config = configured(base, study.settings_of(choices))
+                config = configured(base, study.settings_of(choices), project)
             except InputError as error:
                 raise InputError(f"study {study.name}, {arm}: {error}") from error
             if arm in configs.values():
@@ -326,15 +327,17 @@ def _setting_names(config: Any, prefix: str = "") -> set[str]:
     return names
 
 
-def configured(base: TrainConfig, settings: Settings) -> TrainConfig:
-    """`base` with these settings; a teacher among them brings its data, network and guidance.
+def configured(base: TrainConfig, settings: Settings, project: Path | None = None) -> TrainConfig:
+    """`base` with these settings; a teacher among them, found from the folder `project`, brings its data, network and
+    guidance.
 
     Raises InputError if a value is outside its range, or the teacher cannot be found.
     """
     if teacher := settings.get("teacher"):
         if not isinstance(teacher, str):
             raise InputError(f"teacher is {teacher!r}; it has to be the name of a trained model")
-        base = student_config(teacher, base, distil=settings.get("distil", "shortcut"))
+        there = str(project / teacher) if project and (project / teacher.partition("@")[0]).exists() else teacher
+        base = student_config(there, base, distil=settings.get("distil", "shortcut"))
     nested: dict[str, Settings] = {"model": {}, "sampling": {}}
     plain: Settings = {}
     for name, value in settings.items():

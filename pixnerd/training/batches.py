@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,14 +21,14 @@ from .. import data, flow
 from ..conditions import Conditions, ImageTokens
 from ..config import TrainConfig
 from ..data import ImageDataset
+from ..data.loading import SHARED_MEMORY, fetched
 from ..distributed import World
 from ..errors import InputError
 from ..randomness import Purpose, derived_seed, generator, normal, permuted, random_bits, uniform
 from ..signals import STOP_SIGNALS
 
 LISTED = 2**22  # images; the order of a larger data set is computed image by image, a list would fill every worker
-SHARED_MEMORY = Path("/dev/shm")  # through which Linux processes hand tensors to one another
-CACHED = 2**17  # numbers that a CPU draws at once: they and what leads to them fit its cache
+CACHED = 2**17  # numbers that a CPU draws at once: few enough that they and their intermediate values fit in its cache
 PREFETCH = 2  # batches that each process loads ahead
 # the intervals of a path that shortcut distillation trains: those of 1, 2, 4 and 8 steps, the whole path twice
 SHORTCUTS = ((0, 1), *((k / n, (k + 1) / n) for n in (1, 2, 4, 8) for k in range(n)))
@@ -204,7 +203,8 @@ class StepImages(Dataset):
 
 
 def load_datasets(config: TrainConfig, world: World) -> dict[int, ImageDataset]:
-    """The training data at every image size of the run; only the leading process looks for bad files, and it is first.
+    """The training data at every image size of the run. The leading process opens it first, and it
+    alone looks at every file.
 
     Raises InputError when the data cannot be opened.
     """
@@ -232,20 +232,6 @@ def check_shared_memory(config: TrainConfig, world: World) -> None:
             f"{free / 2**20:.0f} MiB free: start the container with --shm-size={-(-2 * needed // 2**30)}g, "
             "or train with --workers 0"
         )
-
-
-def fetched(batches: Iterator[Any]) -> Iterator[Any]:
-    """The batches that other processes load. Raises InputError if one of these has died."""
-    try:
-        yield from batches
-    except (RuntimeError, OSError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if reason.startswith("Caught ") or (isinstance(error, RuntimeError) and "DataLoader worker (pid" not in reason):
-            raise  # an error in the code that loads, with its own traceback
-        raise InputError(
-            f"a process that loads images has died ({reason.rstrip('. ')}): if it lacked memory or {SHARED_MEMORY}, "
-            "start the container with more --memory or --shm-size, or train with --workers 0"
-        ) from error
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ class Objective(Protocol):
         """The loss of a part of a step. `tap`: a block whose tokens are returned as well, see flow.loss."""
 
     asked: Sequence[PatchDenoiser] = ()
-    """the networks that it asks for velocities besides the trained one"""
+    """other networks that it evaluates, such as a teacher"""
 
     def measure_data(self, dataset: ImageDataset) -> None:
         """Before the first step of a run: find out what it has to know of the data, each process from its share."""
@@ -133,7 +133,7 @@ def loss_terms(config: TrainConfig, world: World) -> list[LossTerm]:
 
 def perceptual_term(config: TrainConfig, device: torch.device) -> Callable[[FlowLoss, Batch], Tensor]:
     """The function that gives a batch's mean perceptual loss. Raises InputError when its network is missing."""
-    if config.perceptual not in frozen.IMAGE_NETWORKS and not Path(config.perceptual).is_file():
+    if config.perceptual != "efficientnet" and not Path(config.perceptual).is_file():
         raise InputError(
             f"perceptual is {config.perceptual!r}; it has to be efficientnet or a file that torch.export.save wrote"
         )

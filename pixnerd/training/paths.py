@@ -1,7 +1,7 @@
 """A teacher's paths, followed once, kept in files, and drawn from by shortcut distillation in every step.
 
-A step of B intervals then shows B paths. Paths that are followed anew for each step have to give it all of their
-intervals, so that a step of 64 shows four.
+A step of B intervals then shows B paths. Without kept paths, each new path contributes all 16 of its intervals, so that
+a step of 64 covers only four paths.
 
 Dimension letters: B intervals, P paths of a file, T times of a path, C channels, H × W pixels.
 """
@@ -27,6 +27,7 @@ from ..data import ImageDataset, cache_folder, path_in
 from ..distributed import World
 from ..errors import InputError
 from ..files import make_folder, readable, replacing, save_tensors, write_atomically
+from ..model_config import ModelConfig, TextModelConfig
 from ..randomness import Purpose, normal, random_bits, uniform
 from .batches import SHORTCUTS, Batch, image_at, load_ahead, shortcut_intervals
 from .distillation import PATH_STEPS, Teacher
@@ -36,9 +37,10 @@ POINTS = 8  # a path's kept points are those at k / 8, since the shortest of SHO
 KEPT = torch.float16  # its rounding, unlike that of a network in bfloat16, is not what all paths have in common
 
 
-def path_bytes(shape: tuple[int, int, int]) -> int:
-    """What a kept path of images [C, H, W] takes on the disk, beside what it was told."""
-    return (POINTS + 1) * math.prod(shape) * KEPT.itemsize
+def path_bytes(model: ModelConfig) -> int:
+    """What a kept path of this model takes on the disk: the images, and the label or the features of the caption."""
+    images = (POINTS + 1) * model.channels * model.image_size**2 * KEPT.itemsize
+    return images + (4 * model.text_length * model.text_features if isinstance(model, TextModelConfig) else 8)
 
 
 class KeptPaths:
@@ -113,7 +115,7 @@ class KeptPaths:
         return hashlib.sha256(json.dumps([indices, shown]).encode()).hexdigest()[:16]
 
     def _check_room(self) -> None:
-        needed = len(self._missing()) * PER_FILE * path_bytes(self.shape)
+        needed = len(self._missing()) * PER_FILE * path_bytes(self.config.model)
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise InputError(

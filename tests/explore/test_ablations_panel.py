@@ -1,5 +1,6 @@
 """The explorer with a kernel: it trains a run that is missing, and the new dots join."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -7,9 +8,12 @@ import ipywidgets
 import papermill
 import pytest
 import yaml
+from PIL import Image
 
 from pixnerd.explore import ablations_panel as module
 from pixnerd.explore.ablations_panel import Ablations
+from pixnerd.recipes import RECIPES
+from pixnerd.runs import Run
 
 from ..studies.conftest import TINY
 from . import synthetic
@@ -61,6 +65,25 @@ def test_a_missing_run_is_trained_and_joins(project, monkeypatch):
     assert [run["index"] for run in study["missing"]] == [0]
 
 
+def test_a_studys_folders_are_those_of_the_project(project):
+    """Of its data and of its teacher, wherever the kernel runs."""
+    (project / "pictures" / "a").mkdir(parents=True)
+    for number in range(4):
+        Image.new("RGB", (16, 16), (60 * number, 0, 0)).save(project / f"pictures/a/{number}.png")
+    study = project / "notebooks/studies/tiny.yaml"
+    content = yaml.safe_load(study.read_text())
+    content["settings"]["data"] = "folder:pictures"
+    study.write_text(yaml.safe_dump(content, sort_keys=False))
+    config = dataclasses.replace(RECIPES["digits-cpu"], out=str(project / "runs/teacher"))
+    Run(config.out).begin(config).release()
+    axes = {"steps": {"few": {"steps": 2}, "more": {"steps": 3}}}
+    students = {"base": "student-cpu", "settings": {"teacher": "runs/teacher"}, "axes": axes, "seeds": [0]}
+    (study.parent / "students.yaml").write_text(yaml.safe_dump(students, sort_keys=False))
+    panel = Ablations(project)
+    assert [entry["name"] for entry in panel.found["studies"]] == ["students", "tiny"]
+    assert trained(panel, 0)[-1] == {"running": False, "error": ""}
+
+
 def test_a_run_that_cannot_be_trained_says_why(project):
     panel = Ablations(project)
     (project / "notebooks/studies/tiny.yaml").write_text("base: nothing\n")
@@ -71,7 +94,7 @@ def test_a_run_that_cannot_be_trained_says_why(project):
 def test_a_training_run_is_stopped(project, monkeypatch):
     closed = []
 
-    def lines(_):
+    def lines(*_, **__):
         try:
             while True:
                 panel.stop()
@@ -86,7 +109,7 @@ def test_a_training_run_is_stopped(project, monkeypatch):
 
 
 def test_an_exception_is_told(project, monkeypatch):
-    def broken(_):
+    def broken(*_, **__):
         raise RuntimeError("no <room>")
         yield
 

@@ -24,7 +24,7 @@ from pixnerd.training.batches import SHORTCUTS, shuffled
 from pixnerd.training.distillation import ShortcutLoss, Teacher, path_passes
 from pixnerd.training.loop import StoppedEarly
 from pixnerd.training.losses import Networks
-from pixnerd.training.paths import PER_FILE, KeptPaths, StepIntervals
+from pixnerd.training.paths import PER_FILE, KeptPaths, StepIntervals, path_bytes
 
 from ..conftest import randomised
 from .test_training import MODEL, final_files
@@ -70,6 +70,11 @@ def complete_paths(config):
     kept.complete(compiled=False)
     assert kept.teacher is None
     return kept, teacher
+
+
+def test_files_are_as_large_as_the_plan_says():
+    kept, _ = complete_paths(config_with())
+    assert kept.file(0).stat().st_size == pytest.approx(PER_FILE * path_bytes(MODEL), rel=0.02)  # and the header
 
 
 def world_of(rank, size, listed=()):

@@ -661,6 +661,8 @@ def perceptual_network(tmp_path_factory):
 
 
 def test_a_perceptual_network_that_cannot_be_read_is_refused_before_there_is_a_run(tmp_path):
+    with pytest.raises(InputError, match="perceptual is 'inception'; it has to be efficientnet or a file that"):
+        train(config_for(tmp_path / "run", perceptual="inception"), CPU)
     with pytest.raises(InputError, match=r"perceptual is 'nothing.pt2'; it has to be efficientnet or a file that"):
         train(config_for(tmp_path / "run", perceptual="nothing.pt2"), CPU)
     wrong = tmp_path / "wrong.pt2"
@@ -1141,7 +1143,7 @@ def test_a_loader_that_is_killed_is_one_sentence_and_keeps_the_steps(tmp_path, m
 
     monkeypatch.setattr(training.batches.StepImages, "__getitem__", die_at_the_fourth)
     done = []
-    with pytest.raises(InputError, match="loads images has died .* --shm-size, or train with --workers 0$"):
+    with pytest.raises(InputError, match="loads images has died .* --shm-size, or take --workers 0$"):
         done.extend(record.step for record in train(config_for(tmp_path / "run", workers=1), CPU))
     kept = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert (kept and kept.name) == (f"step-{done[-1]}" if done else None)
