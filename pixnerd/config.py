@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
+from annotated_types import Interval
 from typing_extensions import Doc  # the help of a field whose choices are named elsewhere
 
 from . import averages, frozen
@@ -41,6 +42,7 @@ RELEASED = {
 }
 Compile = Literal["auto", "on", "off"]
 JPEG_BLOCK = 8  # pixels along a side
+Percent = Annotated[int, Interval(ge=1, le=100)]
 ALIGNED = "efficientnet, dinov2 (the large one), a DINOv2's folder or hub id (published: facebook/dinov2-base)"
 
 
@@ -68,9 +70,7 @@ class SamplingConfig:
         check_fields(self)
         if self.solver not in SOLVERS:
             raise InputError(f"solver {self.solver!r} is unknown; known solvers: {', '.join(SOLVERS)}")
-        if self.interval is not None and not 0 <= self.interval[0] < self.interval[1] <= 1:
-            low, high = self.interval
-            raise InputError(f"guidance interval ({low}, {high}) is not a range; it needs 0 ≤ low < high ≤ 1")
+        _check_interval("interval", self.interval)
         if self.solver == STUDENT_SOLVER and self.guidance != 1:
             raise InputError(
                 f"guidance is {self.guidance}; it has to be 1 with solver {STUDENT_SOLVER}: a student has learned the "
@@ -82,6 +82,12 @@ class SamplingConfig:
     def guides(self, t: float) -> bool:
         """Whether a step that starts at t is guided."""
         return self.guidance != 1 and (self.interval is None or self.interval[0] < t < self.interval[1])
+
+
+def _check_interval(name: str, interval: tuple[float, float] | None) -> None:
+    """Raise InputError unless a range of times is one."""
+    if interval is not None and not 0 <= interval[0] < interval[1] <= 1:
+        raise InputError(f"{name} is {interval}; it needs 0 ≤ low < high ≤ 1")
 
 
 STUDENT_SAMPLING = SamplingConfig(steps=4, solver=STUDENT_SOLVER, guidance=1.0, interval=None)
@@ -186,7 +192,7 @@ class TrainConfig:
     # --- losses ---
     time_shift: Positive = 1.0
     """shift of the training times; above 1 means more noise"""
-    frequency_quality: int | None = None
+    frequency_quality: Percent | None = None
     """weigh the velocity error by frequency as JPEG of this quality does, 1 … 100 (DeCo, 2511.19365); None: equally"""
     align: Annotated[str, Doc(f"REPA: whose features a block's tokens are aligned with: {ALIGNED}; empty: none")] = ""
     align_block: Count | None = None
@@ -239,8 +245,6 @@ class TrainConfig:
         check_fields(self)
         if self.align and self.aligned_block > self.model.blocks:
             raise InputError(f"align_block is {self.aligned_block}; the model has blocks 1 … {self.model.blocks}")
-        if self.frequency_quality is not None and not 1 <= self.frequency_quality <= 100:
-            raise InputError(f"JPEG quality is {self.frequency_quality}; it has to be a whole number from 1 to 100")
         self.average_decays(1)  # knows each width
         if self.average_every > self.steps:
             raise InputError(
@@ -261,8 +265,7 @@ class TrainConfig:
         if bool(self.distil) != bool(self.teacher):
             missing = "teacher is empty" if self.distil else "distil is empty"
             raise InputError(f"{missing}; a student needs both, as in --distil shortcut --teacher runs/quickstart")
-        if self.teacher_interval is not None and not 0 <= self.teacher_interval[0] < self.teacher_interval[1] <= 1:
-            raise InputError(f"teacher_interval is {self.teacher_interval}; it needs 0 ≤ low < high ≤ 1")
+        _check_interval("teacher_interval", self.teacher_interval)
         if not self.distil:
             return
         for name in ("align", "perceptual", "frequency_quality"):
@@ -340,9 +343,9 @@ class TrainConfig:
     def from_dict(cls, entries: dict[str, Any]) -> "TrainConfig":
         """The configuration in config.json; settings newer than the file get their defaults. Raises InputError."""
         try:
-            sampling = SamplingConfig(**{name: _tupled(value) for name, value in entries["sampling"].items()})
+            sampling = SamplingConfig(**{name: tupled(value) for name, value in entries["sampling"].items()})
             nested = {"model": model_config(entries["model"]), "sampling": sampling}
-            return cls(**{name: _tupled(value) for name, value in entries.items()} | nested)
+            return cls(**{name: tupled(value) for name, value in entries.items()} | nested)
         except (TypeError, KeyError, AttributeError) as error:
             raise InputError(f"the training run's configuration cannot be read: {error}") from error
 
@@ -394,6 +397,6 @@ class EvaluationConfig:
             raise InputError("network 'scenes' has no weights and reads only fresh samples: use --draw alone")
 
 
-def _tupled(value: Any) -> Any:
-    """Turn JSON's lists back into tuples."""
-    return tuple(value) if isinstance(value, list) else value
+def tupled(value: Any) -> Any:
+    """The lists of JSON or YAML as tuples, inner ones included."""
+    return tuple(map(tupled, value)) if isinstance(value, list) else value

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ..config import SamplingConfig, TrainConfig
+from ..config import SamplingConfig, TrainConfig, tupled
 from ..errors import InputError
 from ..files import readable
 from ..model_source import student_config
@@ -308,14 +308,14 @@ def _settings(entries: Settings, what: str, known: set[str]) -> Settings:
             raise InputError(f"{what} sets {name}, which is no setting that it can have, such as {', '.join(near)}")
         if isinstance(value, str) and POINTLESS.fullmatch(value):
             raise InputError(f"{what} sets {name} to the text {value!r}; YAML wants a point in it, as in 1.0e-3")
-    return {name: _tupled(value) for name, value in entries.items()}
+    return {name: tupled(value) for name, value in entries.items()}
 
 
 def _measures(entries: dict[str, Any]) -> Measures:
     known = [field.name for field in dataclasses.fields(Measures)]
     if unknown := [name for name in entries if name not in known]:
         raise InputError(f"measure has {unknown[0]!r}; it can have {', '.join(known)}")
-    return Measures(**{name: _tupled(value) for name, value in entries.items()})
+    return Measures(**{name: tupled(value) for name, value in entries.items()})
 
 
 def _setting_names(config: Any, prefix: str = "") -> set[str]:
@@ -350,8 +350,3 @@ def configured(base: TrainConfig, settings: Settings, project: Path | None = Non
 
 def _matches(group: dict[str, tuple[str, ...]], choices: Choices) -> bool:
     return all(choices[axis] in values for axis, values in group.items())
-
-
-def _tupled(value: Any) -> Any:
-    """YAML's lists as tuples, inner ones included."""
-    return tuple(map(_tupled, value)) if isinstance(value, list) else value

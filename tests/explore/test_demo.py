@@ -145,7 +145,7 @@ def test_frames_of_large_images_are_small(class_run):
         ({"steps": 201}, "steps is 201; here it has to be at most 200"),
         ({"steps": 10**12}, "at most 200"),  # refused before the list of times is built
         ({"steps": 0}, "steps is 0"),
-        ({"interval": (0.5, 0.5)}, r"interval \(0.5, 0.5\) is not a range"),
+        ({"interval": (0.5, 0.5)}, r"interval is \(0.5, 0.5\); it needs"),
         ({"shift": 0.0}, "shift is 0.0"),
         ({"solver": "rk4"}, "solver 'rk4' is unknown"),
         ({"subject": "  "}, "prompt is empty"),
@@ -262,7 +262,7 @@ WRONG = {  # control → (value, sentence)
     ],
     "steps": [("", "steps is empty"), ("0", "steps is 0"), ("201", "steps is 201"), ("<b>", "steps is &lt;b&gt;;")],
     "guidance": [("", "guidance is empty; a number is needed"), ("nan", "guidance is nan")],
-    "interval": [((0.4, 0.4), "guidance interval (0.4, 0.4) is not a range; it needs 0 ≤ low &lt; high ≤ 1")],
+    "interval": [((0.4, 0.4), "interval is (0.4, 0.4); it needs 0 ≤ low &lt; high ≤ 1")],
     "shift": [("", "shift is empty"), ("0", "shift is 0.0"), ("-1", "shift is -1.0")],
     "size": [
         ("", "size is empty"),

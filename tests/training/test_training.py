@@ -730,7 +730,7 @@ def test_frequency_weights_replace_the_plain_mean_square(tmp_path):
         first[quality] = float(next(train(config, CPU)).loss)
     assert first[100] == pytest.approx(first[None], rel=1e-5)
     assert first[50] != pytest.approx(first[None], rel=1e-2)
-    with pytest.raises(InputError, match="JPEG quality is 0"):
+    with pytest.raises(InputError, match="frequency_quality is 0; it has to lie between 1 and 100, or None"):
         config_for("unused", frequency_quality=0)
     with pytest.raises(InputError, match="frequency_quality is 50 and images have 20 pixels along a side; it needs"):
         config_for("unused", frequency_quality=50, decode_sizes=(16, 20))
