@@ -166,7 +166,7 @@ BAD_TRAINING = {
     "size": (["--size", "Q/16"], "model size 'Q/16' is unknown; known sizes: nano/8"),
     "recipe": (["--recipe", "magic"], "recipe 'magic' is unknown; known recipes: imagenet-256"),
     "solver": (["--sampling.solver", "dopri5"], "solver 'dopri5' is unknown; known solvers: euler"),
-    "interval": (["--sampling.interval", "0.9", "0.1"], "guidance interval (0.9, 0.1)"),
+    "interval": (["--sampling.interval", "0.9", "0.1"], "interval is (0.9, 0.1)"),
     "missing folder": (["--data", "folder:/nowhere"], "folder /nowhere does not exist"),
 }
 
@@ -205,7 +205,7 @@ def test_another_run_in_the_folder(trained, capsys):
     [
         (["--labels", "11"], "label 11 is outside 0 … 10"),
         (["--steps", "0"], "steps is 0"),
-        (["--interval", "0.5", "0.5"], "guidance interval (0.5, 0.5)"),
+        (["--interval", "0.5", "0.5"], "interval is (0.5, 0.5)"),
         (["--solver", "rk4"], "solver 'rk4' is unknown"),
         (["--count", "0"], "count is 0; it has to be at least 1"),
         (["--seed", "-1"], "seed is -1; it cannot be negative"),

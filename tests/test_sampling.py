@@ -152,7 +152,7 @@ def test_sampling_builds_no_graph_and_takes_other_sizes(tiny):
     ("labels", "options", "sentence"),
     [
         ([0], {"steps": 0}, "steps is 0"),
-        ([0], {"interval": (0.8, 0.2)}, r"interval \(0.8, 0.2\)"),
+        ([0], {"interval": (0.8, 0.2)}, r"interval is \(0.8, 0.2\)"),
         ([0], {"interval": (-0.1, 0.2)}, r"0 ≤ low < high ≤ 1"),
         ([0], {"solver": "dopri5"}, "solver 'dopri5' is unknown; known solvers: euler, heun"),
         ([6], {}, "label 6 is outside 0 … 5"),
