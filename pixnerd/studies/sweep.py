@@ -36,7 +36,7 @@ State = Literal["done", "running", "failed", "stopped", "recorded", "missing"]
 RESULT = {"steps", *(f"sampling.{field.name}" for field in dataclasses.fields(SamplingConfig))}
 HARMLESS = CHANGEABLE - RESULT  # settings that say how a run is made and not what comes out
 LOOK = 1.0  # seconds within which a process that only looks whether a lock is held lets go of it
-GLANCE = 0.05  # seconds that such a look itself waits for the lock; another look is over in far less
+GLANCE = 0.25  # seconds that such a look itself waits for the lock; another look is over in far less
 POLL = 0.1  # seconds between looks at the processes that make runs
 REFRESH = 10.0  # seconds between updates of the time left, while no run ends
 
@@ -201,7 +201,7 @@ def _is_held(path: Path) -> bool:
         return False
     lock = filelock.FileLock(path)
     try:
-        lock.acquire(timeout=GLANCE, poll_interval=GLANCE / 5)
+        lock.acquire(timeout=GLANCE, poll_interval=GLANCE / 25)
     except filelock.Timeout:
         return True
     except OSError:  # a folder that can only be read: nobody makes runs there

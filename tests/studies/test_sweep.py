@@ -25,7 +25,7 @@ from pixnerd.studies.sweep import carry_out, check_folders, status_of
 from ..test_launch import wait_until
 from .conftest import ROOT, TINY, sweep
 
-LONGER = {"steps": 120, "checkpoint_every": 10}
+LONGER = {"steps": 480, "checkpoint_every": 10}  # a second or more, wherever it runs
 HEADS = {"head": TINY["axes"]["head"]}
 
 
@@ -84,7 +84,7 @@ def test_a_sweep_killed_in_the_middle_of_two_runs_goes_on_to_the_same_rows(study
     assert states(plan) == ["done"] * 4
     assert figures(plan) == undisturbed
     steps = [entry["step"] for entry in Run(plan[0].folder).read_log()]
-    assert steps == list(range(1, 121))
+    assert steps == list(range(1, LONGER["steps"] + 1))
 
 
 def test_halves_join_to_the_same_table(study_file, undisturbed, capfd):
@@ -437,7 +437,7 @@ def test_the_recipe_for_submitit_goes_on_when_a_jobs_time_is_over(study_file, mo
     job.result()
     assert status_of(plan[0]).state == "done"
     assert figures(plan[:1]) == undisturbed[:1]
-    assert [entry["step"] for entry in Run(plan[0].folder).read_log()] == list(range(1, 121))
+    assert [entry["step"] for entry in Run(plan[0].folder).read_log()] == list(range(1, LONGER["steps"] + 1))
 
 
 def is_task(process):
