@@ -18,6 +18,7 @@ Side = Annotated[int, Interval(ge=1, le=65_536)]  # pixels along a side of an im
 Index = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
+Percent = Annotated[int, Interval(ge=1, le=100)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 Decay = Annotated[float, Interval(ge=0, lt=1)]  # of an average that forgets
 

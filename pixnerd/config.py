@@ -7,11 +7,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
-from annotated_types import Interval
 from typing_extensions import Doc  # the help of a field whose choices are named elsewhere
 
 from . import averages, frozen
-from .checks import Count, Decay, Index, NotNegative, Positive, Share, check_fields
+from .checks import Count, Decay, Index, NotNegative, Percent, Positive, Share, check_fields
 from .data import NAMES as DATA_SET_NAMES
 from .errors import InputError
 from .model_config import (
@@ -42,7 +41,6 @@ RELEASED = {
 }
 Compile = Literal["auto", "on", "off"]
 JPEG_BLOCK = 8  # pixels along a side
-Percent = Annotated[int, Interval(ge=1, le=100)]
 ALIGNED = "efficientnet, dinov2 (the large one), a DINOv2's folder or hub id (published: facebook/dinov2-base)"
 
 

@@ -41,8 +41,8 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(config: EvaluationConfig, world: World | None = None) -> Evaluation:
-    """Measure images against real ones. A run keeps each result in metrics.json, and what it samples for one, see
-    `EvaluationConfig.draw`, is not sampled and measured twice.
+    """Measure images against real ones. A run keeps each result in metrics.json; with `draw`, images are not sampled
+    and measured again for a result that is there.
 
     Args:
         config: which images to measure, against which, and how.

@@ -1,5 +1,6 @@
 """CIFAR-10: 60,000 photographs of ten classes, 32 × 32 pixels (Krizhevsky 2009), fetched and checked by torchvision."""
 
+import contextlib
 from pathlib import Path
 
 import filelock
@@ -24,6 +25,8 @@ def fetch(folder: Path, train: bool) -> CIFAR10:
         InputError: the download fails, or a file is damaged.
         WriteError: the folder cannot be written.
     """
+    with contextlib.suppress(RuntimeError):  # a whole copy needs no lock: its folder may be one that only can be read
+        return CIFAR10(folder, train=train)
     make_folder(folder)
     with writing(folder):
         lock = filelock.FileLock(folder / ".lock")

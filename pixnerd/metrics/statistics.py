@@ -82,8 +82,8 @@ def kernel_distance(first: Tensor, second: Tensor, subsets: int = 100, subset_si
     """KID: the unbiased squared MMD of the kernel (x·y / F + 1)³, the mean over random subsets (Bińkowski 1801.01401).
 
     Its expectation does not depend on the number of images, and it may be negative. Subsets are drawn at random as in
-    torch-fidelity (seed 2020); of a set with fewer than `subset_size` images, all are taken each time,
-    and as many of the other one.
+    torch-fidelity (seed 2020); of a set with fewer than `subset_size` images, all are taken each time, and as many
+    of the other one.
 
     Args:
         first: features [N, F].

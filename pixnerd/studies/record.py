@@ -63,6 +63,7 @@ def earlier_record(study: Study) -> Record | None:
         return None
     record, before = read_record(folder), read_study(folder / f"{study.name}.yaml")
     known, planned = (_choices_and_repeats(version) for version in (before, study))
+    base = TrainConfig.from_dict(record.about["base"])
     for row in record.rows:
         choices, repeat = known[row.index]
         changed = ["measure"] if before.measure != study.measure else []
@@ -71,7 +72,7 @@ def earlier_record(study: Study) -> Record | None:
         elif study.models:
             changed += [d.name for d in differences(before.settings_of(choices), study.settings_of(choices))]
         else:
-            then = configured(TrainConfig.from_dict(record.about["base"]), before.settings_of(choices))
+            then = configured(base, before.settings_of(choices))
             now = configured(RECIPES[study.base], study.settings_of(choices))
             changed += [d.name for d in differences(then, now) if d.name not in HARMLESS | {"seed"}]
         if changed:

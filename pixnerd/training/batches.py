@@ -203,8 +203,8 @@ class StepImages(Dataset):
 
 
 def load_datasets(config: TrainConfig, world: World) -> dict[int, ImageDataset]:
-    """The training data at every image size of the run. The leading process opens it first, and it
-    alone looks at every file.
+    """The training data at every image size of the run. The leading process opens it first, and it alone
+    looks at every file.
 
     Raises InputError when the data cannot be opened.
     """

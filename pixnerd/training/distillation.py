@@ -80,8 +80,8 @@ def frechet_distance(mean: Tensor, covariance: Tensor, real_mean: Tensor, real_r
     """The Fréchet distance of two Gaussians, 0-dim, with gradients for the first; see metrics.frechet_distance.
 
     Means [F], the covariance [F, F] of the first, the root R of the second's, R² = Σ [F, F]. The gradient of an
-    eigenvalue needs no gap to the next one. The gradient of its root diverges in directions in
-    which the images have no variance, which there always are with fewer than F images; FLAT keeps it finite.
+    eigenvalue needs no gap to the next one. The gradient of its root diverges in directions in which the
+    images have no variance, which there always are with fewer than F images; FLAT keeps it finite.
     """
     between = real_root @ covariance @ real_root
     values = torch.linalg.eigvalsh((between + between.T) / 2)
