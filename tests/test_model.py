@@ -96,6 +96,7 @@ def test_no_label_is_the_last_label(tiny):
         ((2, 3, 18, 16), 2, [0, 1], "18x16 does not fit patches of 4"),
         ((2, 3, 0, 16), 2, [0, 1], "0x16 does not fit patches of 4"),
         ((2, 1, 16, 16), 2, [0, 1], "1 channels"),
+        ((3, 16, 16), 2, [0, 1], r"images have shape \(3, 16, 16\); \[B, C, H, W\] is needed"),
         ((2, 3, 16, 16), 1, [0, 1], "one entry for each of the 2 images"),
         ((2, 3, 16, 16), 2, [0, 6], "label 6 is outside 0 … 5"),
         ((2, 3, 16, 16), 2, [-1, 0], "label -1 is outside 0 … 5"),
@@ -127,6 +128,12 @@ def test_bad_configuration(changes, sentence):
 def test_unknown_size_names_the_known_ones():
     with pytest.raises(InputError, match="'H/16' is unknown; known sizes: .*L/16"):
         SIZES["H/16"]
+
+
+@pytest.mark.parametrize("tap", [0, 3])
+def test_a_tap_is_one_of_the_blocks(tiny, tap):
+    with pytest.raises(InputError, match=f"tap is {tap}; the model has blocks 1 … 2"):
+        tiny(torch.randn(1, 3, 16, 16), torch.tensor([0.5]), torch.tensor([2]), tap=tap)
 
 
 def test_labels_are_one_number_per_image(tiny):
