@@ -87,7 +87,7 @@ class Plan(Train):
     """Count memory, arithmetic and hours of a training run, without starting it or opening its data."""
 
     gpus: Count = 8
-    """GPUs that share a batch"""
+    """GPUs that share a batch, eight to a machine if there are more"""
     card_gib: Positive | None = None
     """memory of each, in GiB; by default that of this machine's GPU, or without one 79.2, as a card of 80 GB has"""
     rate: Positive = 1e14
@@ -97,9 +97,6 @@ class Plan(Train):
         from .planning import advice, card_here, cards_table, hours_line, memory_table, paths_line, plan_run
 
         config = self.config
-        if config.batch_size % (self.gpus * config.accumulate):
-            parts = f"{self.gpus} GPUs in {config.accumulate} parts each"
-            raise InputError(f"batch_size {config.batch_size} cannot be shared evenly by {parts}")
         found, card = plan_run(config, self.gpus), self.card_gib or card_here()
         parameters = sum(parameter.numel() for parameter in found.model.parameters())
         print(f"{parameters / 1e6:.1f} million parameters, {config.model.image_size} pixels, GiB on each GPU:")
@@ -316,7 +313,7 @@ class Prepare(Command):
     """processes that read and crop; 0 uses this one"""
 
     def run(self) -> None:
-        source = data.load(self.name, self.image_size)
+        source = data.open_data_set(self.name, self.image_size)  # bad files are left out, not refused
         copy = data.prepare(source, self.name, self.out, self.workers)
         print(data.read_speeds(source, copy))
         if copy.skipped:

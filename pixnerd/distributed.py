@@ -144,18 +144,26 @@ def join(device: torch.device | None = None) -> World:
         InputError: the environment describes only a part of a world, or more processes than this machine has GPUs.
     """
     if "RANK" not in os.environ:
-        return World(0, 1, device or default_device())
+        device = device or default_device()
+        _use(device)
+        return World(0, 1, device)
     _check_environment()
     if device is None and torch.cuda.is_available():
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
             raise InputError(f"this is process {local} of this machine, which has {gpus} GPUs: 0 … {gpus - 1} may run")
         device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
     device = device or default_device()
+    _use(device)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _use(device: torch.device) -> None:
+    """Make a GPU that is named by its number the current one, on which kernels of Triton run."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def _check_environment() -> None:

@@ -22,7 +22,7 @@ from .config import EvaluationConfig
 from .distributed import World, join
 from .errors import InputError
 from .files import check_output_file, make_folder
-from .metrics.features import SampleFile, collect, compare, own_batches, reference_features
+from .metrics.features import SampleFile, check_shared, collect, compare, own_batches, reference_features
 from .metrics.images import Images, content_of, open_images
 from .metrics.nearest import digit_agreement
 from .metrics.scenes import score_scenes, true_score
@@ -56,6 +56,8 @@ def evaluate(config: EvaluationConfig, world: World | None = None) -> Evaluation
         source, run = _subject(config)
         agreement = _digit_agreement(run) if run is not None and source is None and world.leads else None
         there = None if source else open_images(config.source)
+        if config.network != "scenes":
+            check_shared(there.count if there else config.draw, config.batch_size, world)
     asked = source
     if asked:
         source = asked.settled(world)

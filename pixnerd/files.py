@@ -9,11 +9,13 @@ import json
 import os
 import pickle
 import re
+import secrets
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import filelock
 from safetensors import SafetensorError
 
 from .errors import InputError, WriteError
@@ -23,6 +25,8 @@ if TYPE_CHECKING:  # --help need not wait for them
     from torch import Tensor
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+LOCK = ".lock"  # in a folder: held by the process that writes there
+PATIENCE = 10.0  # seconds for the last loading processes of a program that was killed to go; they look every five
 UNREADABLE = (SafetensorError, OSError, EOFError, pickle.UnpicklingError, RuntimeError, ValueError, csv.Error)
 
 
@@ -36,7 +40,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         WriteError: the file cannot be written.
     """
-    partial = path.with_name(f".{os.getpid()}.partial-{path.name}")  # same suffix, or numpy would append it
+    # the process's number is not unique among machines; same suffix, or numpy would append it
+    partial = path.with_name(f".{secrets.token_hex(4)}.partial-{path.name}")
     try:
         with writing(path):
             yield partial
@@ -75,10 +80,32 @@ def check_output_file(path: Path) -> None:
     make_folder(path.parent)
 
 
+def is_partial(path: Path) -> bool:
+    """Whether a file is one that `replacing` has not finished."""
+    return re.fullmatch(r"\..*\.partial-.*", path.name) is not None
+
+
 def remove_partial_files(folder: Path) -> None:
     """Remove what killed processes left in a folder to which no other process is writing."""
-    for left in folder.glob(".*.partial-*"):
-        left.unlink(missing_ok=True)
+    for left in folder.glob(".*"):
+        if is_partial(left):
+            left.unlink(missing_ok=True)
+
+
+def hold(folder: Path, busy: str) -> filelock.BaseFileLock:
+    """Claim a folder until the lock is released, or gone with its owner; a process does not wait for itself.
+
+    Raises:
+        InputError: another process holds it; the sentence is what it is `busy` with and what to do.
+        WriteError: nothing can be written there.
+    """
+    lock = filelock.FileLock(folder / LOCK, timeout=PATIENCE, thread_local=False, is_singleton=True)
+    with writing(folder / LOCK):
+        try:
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise InputError(f"{folder} {busy}") from error
+    return lock
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -4,6 +4,7 @@ Everything here is computed from shapes; the hours are an estimate from a publis
 """
 
 import bisect
+import dataclasses
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,21 +15,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import cost, frozen
 from .config import TrainConfig
+from .errors import InputError
 from .fields import PATCHES_PER_PIECE
 from .files import read_json
-from .frozen.dinov2 import PATCH
+from .frozen.dinov2 import LARGE, PATCH
 from .frozen.network import FrozenNetwork
 from .model import PatchDenoiser
 from .model_config import Recompute, TextModelConfig
 from .sampling import network_passes
 from .text import build_network
-from .training.batches import SHORTCUTS
+from .training.batches import SHORTCUTS, check_split
 from .training.distillation import LAST, path_passes, vectors
 from .training.paths import path_bytes
 
 GIB = 2**30
 CARDS = {8: 7.8, 12: 11.8, 16: 15.7, 24: 23.6, 80: 79.2}  # GB that a card is sold with → GiB that it reports
 CARD = CARDS[80]
+NODE = 8  # GPUs of a machine: where there are several, each of them holds all shards, see distributed.sharding_mesh
 SPARE = 0.08  # share of a card for what is not counted: the context, workspaces, buffers of communication, fragments
 # The authors' XL/16 takes 0.27 s a step on eight A100 (arXiv 2507.23268): 32 images a GPU of 3 · 268 + 46 GFLOP each
 RATE = 1e14  # FLOP/s of an A100
@@ -95,7 +98,8 @@ class Plan:
         """The memory of one GPU; by default with the run's own settings, and with its share of the run's batch."""
         config = self.config
         recompute, accumulate = recompute or config.recompute, accumulate or config.accumulate
-        shards = self.gpus if config.shard else 1
+        among = NODE if self.gpus % NODE == 0 else self.gpus
+        shards = among if config.shard else 1
         state = cost.state_bytes(self.model, len(config.average_decays(1)), shards) / GIB
         if config.precision != "float32":
             state += 2 * sum(p.numel() for p in self.model.parameters()) / GIB
@@ -121,13 +125,21 @@ class Plan:
         if self.fit().fits(card):
             return []
         config, each = self.config, self.config.batch_size // self.gpus
-        parts = [n for n in range(config.accumulate, each + 1) if each % n == 0]
+        parts = [n for n in range(config.accumulate, each + 1) if self._can_accumulate(n)]
         found: list[Fit] = []
         for policy in POLICIES[POLICIES.index(config.recompute) :]:
             fit = next((fit for n in parts if (fit := self.fit(policy, n)).fits(card)), None)
             if fit and (not found or fit.accumulate < found[-1].accumulate):
                 found.append(fit)
         return found[::-1]
+
+    def _can_accumulate(self, parts: int) -> bool:
+        """Whether the run could compute its steps in so many parts; a student's losses forbid some."""
+        try:
+            check_split(dataclasses.replace(self.config, accumulate=parts), self.gpus)
+        except InputError:
+            return False
+        return True
 
     def flops(self, recompute: Recompute | None = None) -> float:
         """Floating-point operations of a training step for one image, recomputation and frozen networks included."""
@@ -146,8 +158,13 @@ class Plan:
 
 
 def plan_run(config: TrainConfig, gpus: int = 1, num_classes: int = 1000) -> Plan:
-    """Count what a run takes of each of `gpus` GPUs. Raises InputError if its teacher is not named or found."""
+    """Count what a run takes of each of `gpus` GPUs.
+
+    Raises:
+        InputError: they cannot share a batch, or the run's teacher is not named or not found.
+    """
     config.check_complete()
+    check_split(config, gpus, "GPUs")
     with torch.device("meta"):
         model = build_network(config.model, num_classes, config.recompute, config.field_kernel)
     settings = {"dtype": activations_dtype(config), "decoded": max(config.image_sizes)}  # the largest has to fit
@@ -167,8 +184,9 @@ def teacher_cost(config: TrainConfig) -> Frozen:
     if not config.align:
         return Frozen()
     rows = config.model.image_size // config.model.patch_size
-    described = Path(config.align) / "config.json"
-    width, blocks = next((size for name, size in DINOV2.items() if f"dinov2-{name}" in config.align), (0, 0))
+    teacher = LARGE if config.align == "dinov2" else config.align
+    described = Path(teacher) / "config.json"
+    width, blocks = next((size for name, size in DINOV2.items() if f"dinov2-{name}" in teacher), (0, 0))
     if described.is_file():
         about = read_json(described, "the configuration of a DINOv2")
         width, blocks = about.get("hidden_size", width), about.get("num_hidden_layers", blocks)
@@ -176,18 +194,18 @@ def teacher_cost(config: TrainConfig) -> Frozen:
         tokens, matrices = rows**2 + 1, 12 * blocks * width**2
         attention, patches = 2 * blocks * tokens**2 * width, rows**2 * 3 * PATCH**2 * width
         return Frozen(2 * (tokens * matrices + attention + patches), 4 * matrices)
-    teacher = frozen.load(config.align)
+    network = frozen.load(teacher)
     with FlopCounterMode(display=False) as counter:
-        teacher.tokens(torch.zeros(1, 3, *(config.model.image_size,) * 2), (rows, rows))
-    return Frozen(counter.get_total_flops(), 4 * sum(p.numel() for p in teacher.parameters()))
+        network.tokens(torch.zeros(1, 3, *(config.model.image_size,) * 2), (rows, rows))
+    return Frozen(counter.get_total_flops(), 4 * sum(p.numel() for p in network.parameters()))
 
 
 def encoder_cost(config: TrainConfig) -> Frozen:
-    """What the reader of captions takes, if it is a known large one that reads every caption anew."""
+    """What the reader of captions takes, if it is a known large one: its arithmetic only if it reads each one anew."""
     if not isinstance(config.model, TextModelConfig) or config.text_encoder not in ENCODERS:
         return Frozen()
     weights, computing = ENCODERS[config.text_encoder]
-    return Frozen(2 * computing * config.model.text_length, 2 * weights)
+    return Frozen(0 if config.cache_text else 2 * computing * config.model.text_length, 2 * weights)
 
 
 def distillation_cost(config: TrainConfig, model: PatchDenoiser) -> Frozen:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,9 @@ from .data.synsets import words_of
 from .differences import differences
 from .errors import InputError
 from .files import (
+    LOCK,
+    hold,
+    is_partial,
     make_folder,
     reachable,
     read_arrays,
@@ -39,8 +41,6 @@ if TYPE_CHECKING:  # most of a run's files need no torch
 CHANGEABLE = {"out", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every"}
 CHANGEABLE |= {"accumulate", "compile", "deterministic", "field_kernel", "non_finite", "recompute", "shard", "workers"}
 CHANGEABLE |= {f"sampling.{field.name}" for field in dataclasses.fields(SamplingConfig)}
-LOCK = ".lock"  # in a run's folder: held by the process that trains the run
-PATIENCE = 10.0  # seconds for the last loading processes of a run that was killed to go; they look every five
 SWEEP = "sweep"  # folder in a run's folder that belongs to the study which the run is part of
 CONTENTS = {"model_content", "reference_content"}  # of an evaluation's settings: hashes
 
@@ -67,7 +67,8 @@ class Run:
         """
         self._check_folder(config, classes)
         make_folder(self.folder)
-        lock = self._hold()
+        busy = "is being trained by another process: wait for its end, or choose another output folder"
+        lock = hold(self.folder, busy)
         self._check_folder(config, classes)  # another process may have begun, and ended, meanwhile
         remove_partial_files(self.folder)
         write_atomically(self.config_path, json.dumps(config.to_dict(), indent=2) + "\n")
@@ -106,24 +107,11 @@ class Run:
         """Whether a step of the run is kept or logged; until then it may begin again with other settings."""
         return any(self.checkpoints.glob("step-*")) or (self.log_path.exists() and self.log_path.stat().st_size > 0)
 
-    def _hold(self) -> filelock.BaseFileLock:
-        """Raises InputError if another process holds the run; a process that begins twice does not wait for itself."""
-        lock = filelock.FileLock(self.folder / LOCK, timeout=PATIENCE, thread_local=False, is_singleton=True)
-        with writing(self.folder / LOCK):
-            try:
-                lock.acquire()
-            except filelock.Timeout as error:
-                raise InputError(
-                    f"{self.folder} is being trained by another process: wait for its end, or choose another output "
-                    "folder"
-                ) from error
-        return lock
-
     def _may_come_first(self, path: Path) -> bool:
         """Whether something in the folder may be there before the run begins: the running notebook, which papermill
         writes, a sweep's own files, the run's lock, and what a begin that failed for want of room has left."""
-        left = re.fullmatch(r"\..*\.partial-.*", path.name) or (path == self.checkpoints and not any(path.iterdir()))
-        return bool(left) or path.suffix == ".ipynb" or path.name in (SWEEP, LOCK)
+        left = is_partial(path) or (path == self.checkpoints and not any(path.iterdir()))
+        return left or path.suffix == ".ipynb" or path.name in (SWEEP, LOCK)
 
     def classes(self) -> list[str] | None:
         """The class that each label means, from classes.json; None if an earlier version began the run."""

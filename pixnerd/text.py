@@ -71,6 +71,7 @@ class TextPixNerd(PatchDenoiser):
         check_text(self.config, text)
         time = self.time_embed(t)  # [B, D]
         c = F.silu(time)  # [B, D]
+        text = text.to(self.text_embed.weight.dtype)  # encoders on a GPU give bfloat16
         text = self.text_norm(self.text_embed(text)) + self.text_positions  # [B, L, D]
         for block in self.text_blocks:
             text = block(text, c)

@@ -30,6 +30,15 @@ def test_a_file_is_replaced_only_when_the_block_succeeds(tmp_path):
     assert (path.read_text(), [p.name for p in tmp_path.iterdir()]) == ("new", ["a.npz"])
 
 
+def test_processes_of_one_number_on_two_machines_write_different_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 123)
+    with replacing(tmp_path / "a") as one, replacing(tmp_path / "a") as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert (tmp_path / "a").read_text() == "one"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_what_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "inside", tmp_path / ("x" * 300)):

@@ -1,6 +1,7 @@
 """The plan of a run, against counts made in other ways."""
 
 import dataclasses
+import itertools
 import re
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from pixnerd import SIZES, frozen
 from pixnerd.cli import main
 from pixnerd.config import STUDENT_SAMPLING, TrainConfig
 from pixnerd.cost import forward_flops, saved_activation_bytes, step_flops
-from pixnerd.planning import CARDS, GIB, POLICIES, advice, cards_table, paths_line, plan_run, teacher_cost
+from pixnerd.errors import InputError
+from pixnerd.planning import CARDS, GIB, POLICIES, advice, cards_table, encoder_cost, paths_line, plan_run, teacher_cost
 from pixnerd.recipes import RECIPES
 from pixnerd.text import build_network
 from pixnerd.training.distillation import total_derivative
@@ -116,6 +118,27 @@ def test_sharding_divides_the_state_and_nothing_else(large):
     assert (whole.kept, whole.passing) == (part.kept, part.passing)
 
 
+def test_several_machines_hold_the_same_shards():
+    """As distributed.sharding_mesh has it: weights are divided among the eight GPUs of one of them."""
+    eight, sixteen = (plan_run(TrainConfig(model=SIZES["micro/8"], shard=True), gpus) for gpus in (8, 16))
+    assert sixteen.fit().state == eight.fit().state < plan_run(TrainConfig(model=SIZES["micro/8"]), 8).fit().state / 2
+
+
+def test_no_split_is_advised_that_training_refuses():
+    """A path's 16 intervals stay together, and so do the images whose features FD-loss compares."""
+    follows = student_plan(batch_size=96)
+    allowed = (1, 2, 3, 6)
+    cards = [follows.fit("all", n).total / 0.92 for n in allowed]
+    assert all(a > b for a, b in itertools.pairwise(cards))
+    for card in (*(card + 1e-6 for card in cards[1:]), *(card - 1e-6 for card in cards)):
+        assert {way.accumulate for way in follows.suggestions(card)} <= set(allowed)
+    assert follows.suggestions(cards[-1] + 1e-6)[0].accumulate == 6
+    at_once = student_plan(distil="fd", batch_size=96)
+    assert at_once.suggestions(at_once.fit("all", 2).total / 0.92 + 1e-6) == []
+    with pytest.raises(InputError, match="distil=shortcut needs a multiple of 16"):
+        student_plan(batch_size=24)
+
+
 @pytest.mark.parametrize("recipe", ["text-256", "text-512", "text-tune"])
 def test_the_published_text_recipe_fits_eight_cards_of_80_gb(recipe):
     found = plan_run(dataclasses.replace(RECIPES[recipe], align="facebook/dinov2-base"), gpus=8)
@@ -134,13 +157,21 @@ def test_a_teachers_size_is_that_of_the_network(tmp_path):
     matrices = [p for p in network.encoder.parameters() if p.ndim == 2]
     assert found.bytes == 4 * sum(p.numel() for p in matrices)
     assert teacher_cost(TrainConfig(align="facebook/dinov2-base")).flops == pytest.approx(46.3e9, rel=0.01)
+    assert teacher_cost(TrainConfig(align="dinov2")) == teacher_cost(TrainConfig(align="facebook/dinov2-large"))
     assert teacher_cost(TrainConfig()).flops == 0
+
+
+def test_an_encoder_whose_features_are_kept_takes_memory_alone():
+    anew = RECIPES["text-256"]
+    kept = dataclasses.replace(anew, cache_text=True)
+    assert encoder_cost(anew).bytes == encoder_cost(kept).bytes == 3.4e9
+    assert encoder_cost(anew).flops > 0 == encoder_cost(kept).flops
 
 
 def student_plan(**changes):
     model = dataclasses.replace(SIZES["micro/8"], image_size=32)
     settings = {"distil": "shortcut", "teacher": "runs/teacher", "model": model, "sampling": STUDENT_SAMPLING}
-    return plan_run(TrainConfig(batch_size=16, **settings | changes))
+    return plan_run(TrainConfig(**settings | {"batch_size": 16} | changes))
 
 
 def test_a_students_plan_has_its_teacher():

@@ -154,7 +154,7 @@ def full_disk(path):
 
 
 def test_one_process_at_a_time_trains_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("pixnerd.runs.PATIENCE", 0.2)
+    monkeypatch.setattr("pixnerd.files.PATIENCE", 0.2)
     code = "from pixnerd.runs import Run\nfrom pixnerd.training import TrainConfig\n"
     code += "lock = Run('run').begin(TrainConfig())\nprint('held', flush=True)\ninput()"
     command, options = [sys.executable, "-c", code], {"cwd": tmp_path, "text": True}

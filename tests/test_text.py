@@ -104,6 +104,12 @@ def test_batches_of_text_share_the_empty_caption(tiny):
         sample_batches(tiny, text, config)
 
 
+def test_text_in_bfloat16_is_read_in_the_networks_precision(tiny):
+    """As encoders on a GPU give it."""
+    x, t, text = torch.randn(2, 3, 16, 16), torch.rand(2), torch.randn(2, 5, 7).bfloat16()
+    assert tiny(x, t, text).equal(tiny(x, t, text.float()))
+
+
 def test_text_models_survive_saving(tiny, tmp_path):
     save_model(tiny, tmp_path / "model.safetensors")
     again = load(tmp_path / "model.safetensors")

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,7 +27,16 @@ from tqdm import tqdm
 
 from ..differences import differences
 from ..errors import InputError, WriteError
-from ..files import make_folder, read_json, remove_partial_files, replacing, write_atomically
+from ..files import (
+    LOCK,
+    hold,
+    is_partial,
+    make_folder,
+    read_json,
+    remove_partial_files,
+    replacing,
+    write_atomically,
+)
 from .dataset import ImageDataset
 from .loading import fetched
 
@@ -175,7 +185,7 @@ class Shards(Dataset):
             except InputError as error:
                 skipped.append((index, str(error)))
         kept = len(indices) - len(skipped)
-        if not kept:
+        if not kept and len(indices) in (self.images, len(self.source)):  # so many in a row: a disk is gone
             return InputError(f"none of the images {indices[0]} to {indices[-1]} can be read: {skipped[0][1]}")
         try:
             with replacing(path) as partial:
@@ -208,14 +218,24 @@ def prepare(source: ImageDataset, name: str, folder: Path, workers: int) -> Copy
         workers: processes that read and crop; 0 uses this one.
 
     Raises:
-        InputError: `source` has captions, `folder` holds something else or is damaged, the disk is too small or fails.
+        InputError: `source` has captions, `folder` holds something else, is damaged or is being written by another
+            process, the disk is too small or fails.
     """
     if source.captions:
         raise InputError(f"data set {name!r} has captions, which a prepared copy does not keep")
     if workers < 0:
         raise InputError(f"workers is {workers}; it cannot be negative")
     shards = Shards(source, folder)
-    _begin(shards, name)
+    lock = _begin(shards, name)
+    try:
+        return _write(shards, name, workers)
+    finally:
+        lock.release()
+
+
+def _write(shards: Shards, name: str, workers: int) -> Copy:
+    """Write the shards that are not finished, and the manifest."""
+    source, folder = shards.source, shards.folder
     todo = [number for number in range(len(shards)) if shards.record(number) is None]
     left = sum(len(shards.indices(number)) for number in todo)
     needed, free = left * shards.image_bytes, shutil.disk_usage(folder).free
@@ -233,10 +253,35 @@ def prepare(source: ImageDataset, name: str, folder: Path, workers: int) -> Copy
     return copy
 
 
-def _begin(shards: Shards, name: str) -> None:
-    """Create the folder, or check that it holds a copy of the same images."""
-    source, path = shards.source, shards.folder / PLAN
-    plan = {
+def _begin(shards: Shards, name: str) -> filelock.BaseFileLock:
+    """Create the folder, or check that it holds a copy of the same images; claim it until the lock is released."""
+    _check_folder(shards, name)
+    make_folder(shards.folder)
+    busy = "is being prepared by another process: wait for its end, or choose another folder"
+    lock = hold(shards.folder, busy)
+    remove_partial_files(shards.folder)
+    write_atomically(shards.folder / PLAN, json.dumps(_plan(shards, name), indent=2) + "\n")
+    return lock
+
+
+def _check_folder(shards: Shards, name: str) -> None:
+    """Raise InputError unless the folder is free for the copy, or holds it."""
+    folder, path = shards.folder, shards.folder / PLAN
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; the output has to be a folder")
+    if path.is_file():
+        found = differences(read_json(path, "the plan of a prepared copy"), _plan(shards, name))
+        differ = [f"{d.name} {d.old} there, {d.new} asked for" for d in found]
+        if differ:
+            raise InputError(f"{folder} already holds another copy ({'; '.join(differ)}): choose another folder")
+    elif folder.is_dir() and any(file.name != LOCK and not is_partial(file) for file in folder.iterdir()):
+        raise InputError(f"{folder} is not empty and holds no prepared copy: choose another folder")
+
+
+def _plan(shards: Shards, name: str) -> dict[str, Any]:
+    """What tells a copy from others."""
+    source = shards.source
+    return {
         "source": name,
         "image size": source.image_size,
         "images": len(source),
@@ -244,18 +289,6 @@ def _begin(shards: Shards, name: str) -> None:
         "labels": hashlib.sha256(source.labels.numpy().tobytes()).hexdigest()[:16],
         "classes": hashlib.sha256(os.fsencode("\n".join(source.classes))).hexdigest()[:16],
     }
-    if shards.folder.exists() and not shards.folder.is_dir():
-        raise InputError(f"{shards.folder} is a file; the output has to be a folder")
-    if path.is_file():
-        found = differences(read_json(path, "the plan of a prepared copy"), plan)
-        differ = [f"{d.name} {d.old} there, {d.new} asked for" for d in found]
-        if differ:
-            raise InputError(f"{shards.folder} already holds another copy ({'; '.join(differ)}): choose another folder")
-    elif shards.folder.is_dir() and any(shards.folder.iterdir()):
-        raise InputError(f"{shards.folder} is not empty and holds no prepared copy: choose another folder")
-    make_folder(shards.folder)
-    remove_partial_files(shards.folder)
-    write_atomically(path, json.dumps(plan, indent=2) + "\n")
 
 
 def _finish(shards: Shards, name: str) -> Copy:
@@ -270,7 +303,7 @@ def _finish(shards: Shards, name: str) -> Copy:
         "images": len(kept),
         "skipped": len(skipped),
         "versions": {package: importlib.metadata.version(package) for package in ("pixnerd", "pillow", "numpy")},
-        "shards": records,
+        "shards": [record for record in records if record["images"]],
         "classes": source.classes,
         "labels": source.labels[kept].tolist(),
     }

@@ -52,6 +52,15 @@ def own_batches(images: Images, batch_size: int, world: World, workers: int = 0)
         yield number * batch_size, batch
 
 
+def check_shared(count: int, batch_size: int, world: World) -> None:
+    """Raise InputError unless every process gets a batch of so many images."""
+    if -(-count // batch_size) < world.size:
+        raise InputError(
+            f"{count} images make too few batches of {batch_size} for {world.size} processes, each of which needs one: "
+            "measure more images, or in smaller batches, or in fewer processes"
+        )
+
+
 @torch.no_grad()
 def collect(
     pooled: Pooled, batches: Iterable[tuple[int, Tensor]], count: int, world: World, keep: int | None = None
@@ -83,8 +92,6 @@ def collect(
             if name != "spatial":
                 kept = rows.setdefault(name, torch.zeros(len(chosen), values.shape[1]))
                 kept[first:last] = values.cpu()[chosen[first:last] - start]
-    if world.any(not moments):
-        raise InputError(f"{count} images are too few for {world.size} processes: each needs a batch")
     for found in moments.values():
         found.share(world)
     if found.count != count:
@@ -120,6 +127,7 @@ def reference_features(
     kept = _read_features(path, key) if path else None
     if not world.any(kept is None):  # one process cannot compute alone what another has already read
         return kept
+    check_shared(images.count, batch_size, world)
     found = collect(pooled, own_batches(images, batch_size, world, workers), images.count, world, REFERENCES)
     if source.endswith(".npz") and name == "inception":
         found.gaussians = _own_moments(Path(source), found.gaussians) or found.gaussians
@@ -200,15 +208,15 @@ def compare(real: Features, sampled: Features, measure: str, device: torch.devic
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
     """Switch off TF32, with which a GPU rounds the factors of float32 products to 11 bits."""
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [backend.fp32_precision for backend in backends]
     for backend in backends:
-        backend.allow_tf32 = False
+        backend.fp32_precision = "ieee"
     try:
         yield
     finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 class SampleFile:

@@ -217,6 +217,21 @@ def load_datasets(config: TrainConfig, world: World) -> dict[int, ImageDataset]:
     return world.leader_first(load)
 
 
+def check_split(config: TrainConfig, processes: int, called: str = "processes") -> None:
+    """Raise InputError unless so many processes, or GPUs, can share a step, each of them in `accumulate` parts."""
+    parts = processes * config.accumulate
+    if config.batch_size % parts:
+        raise InputError(
+            f"batch_size {config.batch_size} cannot be shared evenly by {processes} {called} in {config.accumulate} "
+            "parts each"
+        )
+    if config.distil == "shortcut" and config.batch_size % (parts * len(SHORTCUTS)):
+        raise InputError(
+            f"batch_size is {config.batch_size}; distil=shortcut needs a multiple of {len(SHORTCUTS)}, the intervals "
+            f"of a path, in each of {processes} {called} and {config.accumulate} parts"
+        )
+
+
 def check_shared_memory(config: TrainConfig, world: World) -> None:
     """Raise InputError unless the batches that the loading processes hold ready fit in shared memory."""
     if not config.workers or not SHARED_MEMORY.is_dir():

@@ -22,7 +22,7 @@ from ..data import ImageDataset
 from ..distributed import World
 from ..flow import FlowLoss
 from ..frozen.network import FrozenNetwork
-from ..metrics.features import collect
+from ..metrics.features import check_shared, collect
 from ..model import PatchDenoiser
 from ..sampling import trajectory
 from .batches import SHORTCUTS, Batch
@@ -186,6 +186,7 @@ def vectors(network: FrozenNetwork, images: Tensor) -> Tensor:
 def real_moments(network: FrozenNetwork, dataset: ImageDataset, world: World) -> tuple[Tensor, Tensor]:
     """Mean [F] and covariance [F, F] of a data set's features; each process reads a share of its images."""
     count = len(dataset)
+    check_shared(count, BATCH, world)
     starts = range(BATCH * world.rank, count, BATCH * world.size)
     batches = ((start, dataset.batch(range(start, min(start + BATCH, count)))[0]) for start in starts)
     found = collect(lambda pixels: {"maps": vectors(network, data.to_float(pixels))}, batches, count, world, keep=0)

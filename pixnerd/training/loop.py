@@ -33,7 +33,7 @@ from ..model_source import ModelSource, find_model
 from ..randomness import Purpose, derived_seed
 from ..runs import Run
 from ..text import build_network
-from .batches import SHORTCUTS, Batch, check_shared_memory, load_datasets, step_batches
+from .batches import Batch, check_shared_memory, check_split, load_datasets, step_batches
 from .distillation import Teacher, objective
 from .losses import LossTerm, Networks, Objective, loss_terms
 from .meters import Bad, Board, LossWindow, SpeedMeter, StepPart
@@ -85,16 +85,7 @@ def train(
         datasets = load_datasets(config, world)
         dataset = datasets[config.image_sizes[0]]
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, channels=dataset.channels))
-        if config.batch_size % (world.size * config.accumulate):
-            raise InputError(
-                f"batch_size {config.batch_size} cannot be shared evenly by {world.size} processes "
-                f"in {config.accumulate} parts each"
-            )
-        if config.distil == "shortcut" and config.batch_size % (world.size * config.accumulate * len(SHORTCUTS)):
-            raise InputError(
-                f"batch_size is {config.batch_size}; distil=shortcut needs a multiple of {len(SHORTCUTS)}, the "
-                f"intervals of a path, in each of {world.size} processes and {config.accumulate} parts"
-            )
+        check_split(config, world.size)
         if config.shard:
             check_sharding()
         check_shared_memory(config, world)

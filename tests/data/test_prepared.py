@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections import namedtuple
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_shards_are_plain_numpy_files(root, tmp_path):
     assert (manifest["source"], manifest["images"], manifest["skipped"]) == (name_of(root), COUNT, 0)
     assert manifest["labels"] == source.labels.tolist()
     assert manifest["versions"].keys() == {"pixnerd", "pillow", "numpy"}
-    assert not list(folder.glob(".*"))
+    assert [path.name for path in folder.glob(".*")] == [".lock"]
     assert (folder / "skipped.txt").read_text() == ""
 
 
@@ -255,6 +256,33 @@ def test_a_shard_without_one_good_image_stops_the_work(root, tmp_path):
     assert "00001.npy" not in shard_files(tmp_path / "copy")
 
 
+def test_a_short_last_shard_may_have_no_good_image(root, tmp_path):
+    """The two images behind three full shards; nothing is said of a disk that has gone."""
+    source = source_of(root)
+    for path in source.paths[12:]:
+        path.unlink()
+    for _ in range(2):  # a finished copy is only checked
+        copy = data.prepare(source, name_of(root), tmp_path / "copy", 1)
+        assert copy.kept.tolist() == list(range(12))
+        assert len(copy.skipped) == 2
+    assert len(data.load(f"prepared:{tmp_path / 'copy'}", 16)) == 12
+
+
+def test_two_processes_do_not_write_one_copy(root, tmp_path, monkeypatch):
+    """Nor does one remove the half-written files of the other; what a killed one left is no obstacle."""
+    monkeypatch.setattr("pixnerd.files.PATIENCE", 0.1)
+    (tmp_path / "copy").mkdir()
+    other = filelock.FileLock(tmp_path / "copy" / ".lock", timeout=0)
+    (tmp_path / "copy" / ".1.partial-plan.json").write_text("{")
+    with other, pytest.raises(InputError, match="copy is being prepared by another process: wait for its end"):
+        prepare(root, tmp_path / "copy")
+    assert (tmp_path / "copy" / ".1.partial-plan.json").exists()
+    assert len(prepare(root, tmp_path / "copy").images) == COUNT
+    assert not (tmp_path / "copy" / ".1.partial-plan.json").exists()
+    with other:  # released at the end
+        pass
+
+
 def test_folders_with_other_contents_are_refused(root, tmp_path):
     prepare(root, tmp_path / "copy")
     with pytest.raises(InputError, match="already holds another copy .image size 16 there, 8 asked for.: choose"):
@@ -322,7 +350,7 @@ def test_speeds_are_images_by_seconds(root, tmp_path, monkeypatch):
 
 def test_from_the_command_line(root, tmp_path, capsys):
     bad = root / "b" / "01.jpg"
-    bad.write_bytes(bad.read_bytes()[:-200])
+    bad.write_text("I am a text")
     command = ["prepare", f"folder:{root}", "--out", str(tmp_path / "copy"), "--image-size", "16", "--workers", "2"]
     main(command)
     out = capsys.readouterr().out

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pixnerd import InputError
 from pixnerd.distributed import World
-from pixnerd.metrics.features import full_float32, own_batches
+from pixnerd.metrics.features import check_shared, full_float32, own_batches
 from pixnerd.metrics.images import content_of, open_images
 
 from .reading_worker import COUNT
@@ -104,14 +104,28 @@ def test_a_name_that_is_no_utf_8_has_a_content(folder):
     assert content_of(str(folder)) not in (before, None)
 
 
-def test_tf32_is_off_inside_and_as_it_was_afterwards():
-    backend = torch.backends.cudnn
-    before = backend.allow_tf32
-    backend.allow_tf32 = True
+@pytest.mark.parametrize("newer", [False, True])
+def test_tf32_is_off_inside_and_as_it_was_afterwards(newer):
+    """Whether it was switched on by torch's older settings, one of which is on by default, or by the newer ones."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [backend.fp32_precision for backend in backends]
     try:
+        if newer:
+            for backend in backends:
+                backend.fp32_precision = "tf32"
+        else:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        on = [backend.fp32_precision for backend in backends]
+        assert on == ["tf32", "tf32"]
         with full_float32():
-            assert not backend.allow_tf32
-            assert not torch.backends.cuda.matmul.allow_tf32
-        assert backend.allow_tf32
+            assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
+        assert [backend.fp32_precision for backend in backends] == on
     finally:
-        backend.allow_tf32 = before
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def test_processes_without_a_batch_are_noticed_before_any_is_read():
+    check_shared(9, 4, World(2, 3, CPU))
+    with pytest.raises(InputError, match="8 images make too few batches of 4 for 3 processes"):
+        check_shared(8, 4, World(0, 3, CPU))

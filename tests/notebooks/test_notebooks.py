@@ -463,7 +463,7 @@ def test_a_student_is_rehearsed(tmp_path):
     ("parameters", "sentence"),
     [
         ({"classes": [3, 10]}, r"classes are \[3, 10\]; synthetic has 0 … 9"),
-        ({"gpus": 3}, "batch_size 8 cannot be shared evenly by 3 GPUs, 1 parts each"),
+        ({"gpus": 3}, "batch_size 8 cannot be shared evenly by 3 GPUs in 1 parts each"),
     ],
 )
 def test_a_plan_that_cannot_work_stops_before_the_training(tmp_path, parameters, sentence):

@@ -222,6 +222,16 @@ def test_half_a_world_is_refused(monkeypatch, variables, sentence):
         join()
 
 
+def test_a_named_gpu_becomes_the_current_one(monkeypatch):
+    """On which Triton's kernels run, whatever device their tensors are on."""
+    used = []
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    assert join(torch.device("cuda", 1)).device.index == 1
+    join(torch.device("cuda"))
+    join(torch.device("cpu"))
+    assert used == [torch.device("cuda", 1)]
+
+
 def test_sigterm_writes_a_checkpoint_and_exits_with_its_own_code(tmp_path):
     """0 would tell a scheduler that the run is finished; the same command resumes."""
     flags = ["--data", "synthetic", "--size", "nano/8", "--model.image-size", "16", "--batch-size", "4"]
