@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from collections import namedtuple
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from pixnerd import InputError, PixNerd, flow
 from pixnerd.bench import clock, contestants, measure, scaling
 from pixnerd.bench.clock import Reading, exponent, largest_that_fits, median_and_quartiles, ratios, take_turns
 from pixnerd.bench.contestants import Bench, Contestant, check_equal
-from pixnerd.bench.counts import Roofs, count_operators
+from pixnerd.bench.counts import Roofs, count_operators, profile_operators
 from pixnerd.bench.parts import network_parts
 from pixnerd.bench.presets import PRESETS, BenchConfig
 from pixnerd.bench.tables import TABLES, parts_table, training_table
@@ -88,6 +90,45 @@ def test_axes_have_only_values_that_make_a_network():
     assert found["image_size"][32].model.image_size == 32
     assert found["batch_size"][2] == (SMALL.model, 2)
     assert not scaling.points(dataclasses.replace(SMALL, factors=(1.0,)))
+
+
+def test_what_does_not_fit_is_left_out_and_loses_nothing(monkeypatch, tmp_path):
+    """Networks around the given batch, whatever the largest is; a record of everything else is there before them."""
+    out, sizes = tmp_path / "x.json", []
+
+    def action_of(point, *_):
+        def action():
+            sizes.append(point.batch_size)
+            assert measure.read_record(out)["parts"]
+            if point.model.image_size > 16 or point.model.patch_size != 4:
+                raise torch.OutOfMemoryError
+            torch.ones(point.batch_size * point.model.width) @ torch.ones(point.batch_size * point.model.width)
+
+        return action
+
+    monkeypatch.setattr(scaling, "gradient_action", action_of)
+    monkeypatch.setattr(measure, "find_largest", lambda bench: 8)
+    config = dataclasses.replace(SMALL, largest=True, precisions=("float32",), compile=("off",), rounds=1)
+    record = measure.run_benchmark(config, "x", "", out)
+    assert {axis: [row["value"] for row in found["rows"]] for axis, found in record["scaling"].items()} == {
+        "image_size": [8, 16],
+        "width": [8, 16, 32],
+        "batch_size": [2, 4, 8],
+    }
+    assert record["config"]["batch_size"] == 8
+    assert set(sizes) == {2, 4, 8}
+
+
+def test_operators_are_not_counted_again_with_their_kernels(monkeypatch):
+    """On a GPU a profile has rows of both."""
+    Event = namedtuple("Event", "key count device_type self_device_time_total self_cpu_time_total")
+    kinds = torch.autograd.DeviceType
+    events = [Event("aten::mm", 6, kinds.CPU, 3e6, 1.0), Event("sgemm", 6, kinds.CUDA, 3e6, 0.0)]
+    profile = mock.MagicMock()
+    profile.return_value.__enter__.return_value.key_averages.return_value = events
+    monkeypatch.setattr(torch.profiler, "profile", profile)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert profile_operators(lambda: None) == [{"operator": "aten::mm", "calls": 2, "seconds": 1.0, "share": 1.0}]
 
 
 @pytest.mark.parametrize("limit", [0, 1, 5, 32, 33, 100, 257])

@@ -86,6 +86,7 @@ def profile_operators(action: Callable[[], object], steps: int = 3) -> list[dict
     found = [
         (event.key, event.count, event.self_device_time_total if cuda else event.self_cpu_time_total)
         for event in profile.key_averages()
+        if event.device_type == torch.autograd.DeviceType.CPU  # kernels have rows of their own beside their operators'
     ]
     whole = sum(time for _, _, time in found) or 1
     rows = [

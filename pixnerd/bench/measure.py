@@ -36,7 +36,7 @@ def run_benchmark(config: BenchConfig, name: str, command: str, out: Path | None
     """
     out = out or RECORDS / f"{name}.json"
     check_output_file(out)
-    bench = Bench(config)
+    bench, given = Bench(config), config.batch_size
     if config.largest:
         config = bench.config = dataclasses.replace(bench.config, batch_size=find_largest(bench))
         bench.batches = bench.new_batches()
@@ -50,9 +50,15 @@ def run_benchmark(config: BenchConfig, name: str, command: str, out: Path | None
         record["sampling"] = measure_sampling(bench)
     record |= measure_parts(bench)
     first = rates[config.precisions[0]]
-    record["scaling"] = measure_scaling(bench.config, bench.conditions.num_classes, bench.world.device, first)
-    write_atomically(out, json.dumps(record, indent=1) + "\n")
+    _write(record | {"scaling": {}}, out)  # a larger network may be too large for the device: that loses nothing
+    around = dataclasses.replace(bench.config, batch_size=given)  # twice the largest batch would not fit
+    record["scaling"] = measure_scaling(around, bench.conditions.num_classes, bench.world.device, first)
+    _write(record, out)
     return record
+
+
+def _write(record: dict[str, Any], out: Path) -> None:
+    write_atomically(out, json.dumps(record, indent=1) + "\n")
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -59,18 +59,35 @@ def gradient_action(
     return action
 
 
+def fits(action: Callable[[], None]) -> bool:
+    """Whether the device has the memory for an action."""
+    try:
+        action()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return False
+    return True
+
+
 def measure_scaling(config: BenchConfig, num_classes: int, device: torch.device, roofs: Roofs) -> dict[str, Any]:
-    """For each axis: value → seconds, FLOPs, bytes and saved activations of a gradient, and the fitted exponents."""
+    """For each axis: value → seconds, FLOPs, bytes and saved activations of a gradient, and the fitted exponents.
+
+    A value that does not fit the device's memory is left out, and an axis of which fewer than two are left.
+    """
     precision, recompute, found = config.precisions[0], config.recompute[0], {}
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     for axis, values in points(config).items():
         actions = {
-            value: gradient_action(point, num_classes, device, precision, recompute) for value, point in values.items()
+            value: action
+            for value, point in values.items()
+            if fits(action := gradient_action(point, num_classes, device, precision, recompute))
         }
+        if len(actions) < 2:
+            continue
         readings = take_turns(actions, max(3, config.rounds // 3))
         rows = []
-        for value, point in values.items():
-            counts = count_operators(actions[value], roofs)
+        for value, action in actions.items():
+            point, counts = values[value], count_operators(action, roofs)
             with torch.device("meta"):
                 model = PixNerd(point.model, num_classes, recompute)
             kept = point.batch_size * cost.saved_activation_bytes(model, point.model.image_size, recompute, dtype)
