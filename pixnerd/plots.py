@@ -174,7 +174,8 @@ def loss_curve(log: Sequence[dict[str, Any]]) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
     losses = np.array([entry["loss"] for entry in log], dtype=float)  # None, if every step was skipped → nan
     left.plot([entry["step"] for entry in log], losses)
-    top = 3 * float(np.nanmedian(losses))  # the drop in the first steps would flatten the rest
+    finite = losses[np.isfinite(losses)]
+    top = 3 * float(np.median(finite)) if finite.size else None  # the drop in the first steps would flatten the rest
     left.set(xlabel="step", ylabel="mean (v̂ − v)²", ylim=(0, top), title="loss")
     last = log[-max(1, len(log) // 4) :]
     by_t = np.array([entry["loss_by_t"] for entry in last], dtype=float)  # None → nan

@@ -393,12 +393,17 @@ def _reader(runs: Path) -> Iterator[Reader]:
     path, before = runs / CACHE, {}
     with contextlib.suppress(InputError):
         stored = read_json(path, "a cache")
-        before = stored["runs"] if stored.get("format") == FORMAT else {}
+        before = stored["runs"] if stored.get("format") == _format() else {}
     reader = Reader(runs, before)
     yield reader
     if reader.now != before and os.access(runs, os.W_OK):
         with contextlib.suppress(WriteError):
-            write_atomically(path, json.dumps({"format": FORMAT, "runs": reader.now}))
+            write_atomically(path, json.dumps({"format": _format(), "runs": reader.now}))
+
+
+def _format() -> list[Any]:
+    """Of the cache; runs that were read before a setting existed lack it, and would differ from all others."""
+    return [FORMAT, sorted({name for recipe in RECIPES.values() for name in _flat(recipe.to_dict())})]
 
 
 def _stamp(path: Path) -> list[int]:
@@ -436,7 +441,7 @@ def _read_loose(folder: Path) -> Entry:
     last = log[-1]["step"] if log else 0
     measured = run.metrics().get("study", {}).get("scores", {})
     state = {"state": "done", "why": ""}
-    if last + config.log_every <= config.steps:  # the last steps need not fill a line of the log
+    if last < config.steps:  # the last step is always logged
         state = {"state": "stopped", "why": f"step {last} of {config.steps}"}
     found = state | {"choices": {}, "repeat": str(config.seed), "settings": _flat(config.to_dict())}
     return found | {"measures": training_figures(run) | measured, "curves": curves_of(run)}

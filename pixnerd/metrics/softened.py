@@ -8,7 +8,6 @@ Dimension letters: N images of H × W pixels, F features.
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,25 +49,11 @@ class ClassVote:
     def __init__(self, clean: Tensor, softened: Tensor, labels: Tensor):
         if len(labels.unique()) < 2:
             raise InputError(f"all {len(labels)} real images are of one class; a vote needs at least 2")
-        self._features, self._labels = (clean.numpy(), softened.numpy()), labels.numpy()
-        self._model = _classifier().fit(np.concatenate(self._features), np.tile(self._labels, 2))
+        self._model = _classifier().fit(torch.cat([clean, softened]).numpy(), labels.repeat(2).numpy())
 
     def agreement(self, features: Tensor, labels: Tensor) -> float:
         """The share of images, by their features [N, F], that the vote assigns to their own class of `labels` [N]."""
         return float((self._model.predict(features.numpy()) == labels.numpy()).mean())
-
-    def agreement_of_real(self) -> tuple[float, float]:
-        """The same share for the real images, clean and softened, each judged by a vote fitted to four fifths of the
-        others: the baseline."""
-        from sklearn.model_selection import KFold
-
-        right: list[list[float]] = [[], []]
-        for fitted, judged in KFold(5, shuffle=True, random_state=0).split(self._labels):
-            of_both = np.concatenate([features[fitted] for features in self._features])
-            model = _classifier().fit(of_both, np.tile(self._labels[fitted], 2))
-            for found, features in zip(right, self._features, strict=True):
-                found.extend(model.predict(features[judged]) == self._labels[judged])
-        return float(np.mean(right[0])), float(np.mean(right[1]))
 
 
 def _classifier() -> Any:

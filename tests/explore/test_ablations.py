@@ -332,7 +332,7 @@ BASE = dataclasses.replace(BASE, model=dataclasses.replace(BASE.model, output_no
 
 @pytest.fixture
 def loose(tmp_path):
-    """A project of six training runs: two widths with seeds 0 and 1, another learning rate, and one that stopped."""
+    """A project of seven training runs: two widths with seeds 0 and 1, another learning rate, and two that stopped."""
     wide = dataclasses.replace(BASE, model=dataclasses.replace(BASE.model, width=192))
     runs = {"a": BASE, "a-1": dataclasses.replace(BASE, seed=1), "wide": wide}
     runs |= {"wide-1": dataclasses.replace(wide, seed=1, checkpoint_every=7)}
@@ -340,6 +340,7 @@ def loose(tmp_path):
     for place, (name, config) in enumerate(runs.items()):
         synthetic.loose_run(tmp_path, name, config, loss=0.4 - 0.05 * place)
     synthetic.loose_run(tmp_path, "stopped", dataclasses.replace(BASE, seed=2), steps=100)
+    synthetic.loose_run(tmp_path, "nearly", dataclasses.replace(BASE, seed=3, steps=190))
     return tmp_path
 
 
@@ -352,7 +353,10 @@ def test_runs_of_no_study_are_paired_by_the_setting_in_which_they_differ(loose):
     slow = next(run for run in study["runs"] if run["where"] == "runs/slow")
     with pytest.raises(InputError, match=r"also in learning_rate \(0.004, 0.001\)"):
         ablations.only_switch(study, there[0][1], slow)
-    assert found["left_out"] == [{"where": "runs/stopped", "why": "stopped: step 100 of 200"}]
+    assert found["left_out"] == [
+        {"where": "runs/nearly", "why": "stopped: step 150 of 190"},
+        {"where": "runs/stopped", "why": "stopped: step 100 of 200"},
+    ]
     assert study["runs"][0]["measures"].keys() == {"loss", "gradient_norm", "gradient_spikes", "seconds_per_step"}
 
 
@@ -469,7 +473,9 @@ def test_a_folder_is_read_again_only_when_it_changed(tmp_path, monkeypatch):
     for broken in ("", "[]", '{"format": 0}', '{"format": 1, "runs": {}}'):
         (tmp_path / "runs" / module.CACHE).write_text(broken)
         assert index(tmp_path) == second
-    assert len(reads) == 1 + 4 * 4
+    monkeypatch.setattr(module, "_flat", lambda *given, flat=module._flat: flat(*given) | {"new": 1})
+    index(tmp_path)  # there is a new setting, which what was kept does not have
+    assert len(reads) == 1 + 5 * 4
 
 
 def test_a_folder_that_cannot_be_written_is_read_all_the_same(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import shutil
 import signal
 import threading
 import time
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -1029,6 +1030,8 @@ def test_only_a_row_of_skipped_steps_stops_a_run(tmp_path):
     assert [entry["skipped"] for entry in log] == [int(step in alternating) for step in range(1, 31)]
     assert log[1]["loss"] is log[1]["gradient_norm"] is None
     plots.loss_curve(log)
+    with warnings.catch_warnings(action="error"):
+        plots.loss_curve(log[1:2])  # nothing finite at all
     assert list(train(dataclasses.replace(config, steps=31, non_finite="stop"), CPU))[-1].step == 31  # may change
 
 
