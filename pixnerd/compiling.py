@@ -1,5 +1,7 @@
 """torch.compile: which parts of a network it compiles, and when that pays."""
 
+from collections.abc import Callable
+
 import torch
 
 from .config import Compile, SamplingConfig
@@ -41,9 +43,9 @@ def compile_regions(model: PatchDenoiser, any_batch: bool = False) -> None:
         model.head.decode = torch.compile(model.head.decode, dynamic=None if any_batch else False)
 
 
-def pays(setting: Compile, device_type: str, flops: float) -> bool:
-    """Whether to compile for sampling that takes so many floating-point operations."""
-    return setting == "on" or (setting == "auto" and device_type == "cuda" and flops >= WORTH_COMPILING)
+def pays(setting: Compile, device_type: str, flops: Callable[[], float]) -> bool:
+    """Whether to compile for sampling that takes so many floating-point operations, counted only if it matters."""
+    return setting == "on" or (setting == "auto" and device_type == "cuda" and flops() >= WORTH_COMPILING)
 
 
 def compile_to_sample(
@@ -55,7 +57,10 @@ def compile_to_sample(
         InputError: torch.compile does not work on this machine.
     """
     device = model.patch_embed.weight.device
-    flops = images * network_passes(config) * forward_flops(model, model.config.image_size)
+
+    def flops() -> float:
+        return images * network_passes(config) * forward_flops(model, model.config.image_size)
+
     if pays(setting, device.type, flops):
         check_compiler(device)
         for network in (model, guide):

@@ -21,7 +21,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x²) + 1e-6) · weight over the last axis; input and output in x's precision, sums in float32.
+    """x / sqrt(mean(x²) + 1e-6) · weight over the last axis, in x's precision; sums in at least float32.
 
     CUDA's autocast, unlike the CPU's, would run rms_norm in float32, and keep a float32 copy of x for the backward
     pass. The kernel for bfloat16 computes in float32 too and rounds only its result, so nothing is lost by asking for

@@ -268,7 +268,7 @@ def student_config(teacher: str, recipe: TrainConfig | None = None, **changes: A
     source = find_model(teacher)
     found: dict[str, Any] = {"distil": "shortcut", "teacher": teacher}
     found |= {"teacher_guidance": source.sampling.guidance, "teacher_interval": source.sampling.interval}
-    if guide := source.sampling.guide:
+    if (guide := source.sampling.guide) and "teacher_guidance" not in changes:
         found |= {"teacher_guidance": 1.0, "teacher_interval": None}
         warnings.warn(
             f"teacher {teacher} is guided by {guide}, which cannot be taught: the student learns it without guidance, "
