@@ -268,13 +268,14 @@ def student_config(teacher: str, recipe: TrainConfig | None = None, **changes: A
     source = find_model(teacher)
     found: dict[str, Any] = {"distil": "shortcut", "teacher": teacher}
     found |= {"teacher_guidance": source.sampling.guidance, "teacher_interval": source.sampling.interval}
-    if (guide := source.sampling.guide) and "teacher_guidance" not in changes:
+    if guide := source.sampling.guide:
         found |= {"teacher_guidance": 1.0, "teacher_interval": None}
-        warnings.warn(
-            f"teacher {teacher} is guided by {guide}, which cannot be taught: the student learns it without guidance, "
-            "unless --teacher-guidance asks for the teacher's own",
-            stacklevel=2,
-        )
+        if "teacher_guidance" not in changes:
+            warnings.warn(
+                f"teacher {teacher} is guided by {guide}, which cannot be taught: the student learns it without "
+                "guidance, unless --teacher-guidance asks for the teacher's own",
+                stacklevel=2,
+            )
     found["teacher_last"] = time_grid(source.sampling.steps, source.sampling.shift)[-2]
     if source.run is not None:
         own = source.run.config()
