@@ -74,7 +74,9 @@ def evaluate(config: EvaluationConfig, world: World | None = None) -> Evaluation
     if asked:
         source, model = _load(asked, config, world)
         # a training run may have written another checkpoint meanwhile
-        settings = _shared_settings(config, there, source, world)
+        with world.together():
+            drawn = sampled_settings(config, source) if world.leads else None
+        settings = world.from_leader(settings | drawn if world.leads else None)
         with world.together():
             samples = Samples(config, source, world, model)
     if config.network == "scenes":
@@ -85,7 +87,7 @@ def evaluate(config: EvaluationConfig, world: World | None = None) -> Evaluation
         batches = samples.batches() if samples else own_batches(there, config.batch_size, world, config.workers)
         size = samples.image_size if samples else next(there.batches(1)).shape[-1]
         folder, reference = run and run.folder, settings["reference"]
-        options = {"weights": config.weights, "workers": config.workers}
+        options = {"weights": config.weights, "workers": config.workers, "content": settings["reference_content"]}
         real = reference_features(
             network.pooled, config.network, reference, size, config.batch_size, world, folder, **options
         )
@@ -159,11 +161,15 @@ def row_settings(
     }
     if source is None:
         return {**measured, "images": images.count, "samples": str(Path(config.source))}
+    return measured | sampled_settings(config, source)
+
+
+def sampled_settings(config: EvaluationConfig, source: ModelSource) -> dict[str, Any]:
+    """Those of them that say which model samples, and how."""
     sampling = dataclasses.asdict(config.sampling)
-    if guide := sampling.pop("guide"):  # rows of earlier versions had none
-        measured["guide_content"] = find_model(guide).content()
+    guide = sampling.pop("guide")
     return {
-        **measured,
+        **({"guide_content": find_model(guide).content()} if guide else {}),  # rows of earlier versions had none
         "checkpoint": source.label,
         "model_content": source.content(config.average),
         "average": config.average,
