@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 
 from pixnerd import InputError, PixNerd, flow
 from pixnerd.bench import clock, contestants, measure, scaling
@@ -58,6 +59,25 @@ def test_each_operator_is_bound_by_the_later_of_its_roofs():
 def test_a_repeated_value_is_read_once():
     row = torch.ones(1, 4).expand(100, 4)
     assert count_operators(lambda: row.contiguous(), ROOFS).bytes == 4 * (4 + 400)
+
+
+def test_what_is_changed_in_place_is_read_and_written():
+    """Also by joined operators, which return nothing; what is only overwritten is not read, and room is not filled."""
+    a, b = [torch.ones(8), torch.ones(3)], [torch.ones(8), torch.ones(3)]
+    bytes_of = lambda action: count_operators(action, ROOFS).bytes
+    assert bytes_of(lambda: a[0].add_(b[0])) == 4 * 3 * 8
+    assert bytes_of(lambda: torch._foreach_add_(a, b)) == 4 * 3 * 11
+    assert bytes_of(lambda: torch._foreach_mul(a, 2.0)) == 4 * 2 * 11
+    assert bytes_of(lambda: torch.add(a[0], b[0], out=torch.empty(8))) == 4 * 3 * 8
+    assert bytes_of(lambda: a[0].copy_(b[0])) == 4 * 2 * 8
+    assert bytes_of(lambda: a[0].zero_()) == 4 * 8
+    assert bytes_of(lambda: torch.empty(100)) == 0
+    weight = nn.Parameter(torch.ones(8))
+    weight.grad = torch.ones(8)
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    optimizer.step()  # makes the moments
+    moments_and_all = 4 * 8 * 4 * 2  # weight, two moments and the gradient, which it could unscale
+    assert bytes_of(optimizer.step) == moments_and_all + 3 * 4  # the number of steps: read, and read and counted up
 
 
 def test_a_training_step_multiplies_what_its_sizes_say():

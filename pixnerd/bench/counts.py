@@ -9,6 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+aten = torch.ops.aten
+NOTHING_MOVED = {aten._unsafe_view, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.detach}
+OVERWRITING = {aten.copy_, aten.fill_, aten.zero_}  # what their first argument was does not matter
+
 
 class Roofs(NamedTuple):
     """What a device can do at best, measured."""
@@ -33,7 +37,7 @@ class Counts(NamedTuple):
 class OperatorCounter(TorchDispatchMode):
     """Counts FLOPs and bytes of every eager operator that runs inside, the backward pass and the optimiser included.
 
-    Operators that only look at a tensor differently, such as transpose, move nothing.
+    Operators that only look at a tensor differently, such as transpose, or only make room for one, move nothing.
     """
 
     def __init__(self, roofs: Roofs):
@@ -43,12 +47,11 @@ class OperatorCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func.is_view:
+        if func.is_view or func.overloadpacket in NOTHING_MOVED:
             return result
         count = flop_registry.get(func.overloadpacket)
         flops = count(*args, **kwargs, out_val=result) if count else 0
-        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
-        moved = sum(_nbytes(tensor) for tensor in tensors)
+        moved = sum(map(_nbytes, [*_read(func, args, kwargs), *_written(func, args, kwargs, result)]))
         self.flops, self.bytes = self.flops + flops, self.bytes + moved
         self.bound_seconds += max(flops / self.roofs.matmul, moved / self.roofs.copy)
         return result
@@ -56,6 +59,26 @@ class OperatorCounter(TorchDispatchMode):
     @property
     def counts(self) -> Counts:
         return Counts(self.flops, self.bytes, self.bound_seconds)
+
+
+def _read(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors whose values an operator reads: its arguments, without those that it only overwrites."""
+    only_written = {argument.name for argument in func._schema.arguments if argument.is_out}
+    given = args[1:] if func.overloadpacket in OVERWRITING else args
+    return _tensors((given, {name: value for name, value in kwargs.items() if name not in only_written}))
+
+
+def _written(func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> list[Tensor]:
+    """The tensors that an operator writes: new ones, and the arguments that it changes."""
+    named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    changed = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    inside = _tensors([named[name] for name in changed if name in named])
+    known = {id(tensor) for tensor in inside}
+    return inside + [tensor for tensor in _tensors(result) if id(tensor) not in known]
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
 def _nbytes(tensor: Tensor) -> int:
