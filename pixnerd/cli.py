@@ -465,7 +465,7 @@ AnyCommand = Train | Sample | Evaluate | Convert | Average | Data | Prepare | Pl
 def parse(arguments: Sequence[str]) -> AnyCommand:
     """The command with its flags. Raises InputError for an unknown recipe or size, or a value out of range."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("recipe", "size", "distil", "teacher"):
+    for name in ("recipe", "size", "distil", "teacher", "teacher-guidance"):
         first.add_argument(f"--{name}")
     try:
         base, _ = first.parse_known_args(arguments)  # these set the defaults of all others
@@ -474,7 +474,8 @@ def parse(arguments: Sequence[str]) -> AnyCommand:
     recipe = base.recipe or ("student-cpu" if base.teacher else Train.recipe)
     config = RECIPES[recipe]
     if base.teacher:
-        config = student_config(base.teacher, config, distil=base.distil or "shortcut")
+        given = {} if base.teacher_guidance is None else {"teacher_guidance": 1.0}  # its own value, below
+        config = student_config(base.teacher, config, distil=base.distil or "shortcut", **given)
     if base.size is not None:
         config = dataclasses.replace(config, model=SIZES[base.size])
     defaults: dict[str, AnyCommand] = {

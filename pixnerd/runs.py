@@ -69,14 +69,18 @@ class Run:
         make_folder(self.folder)
         busy = "is being trained by another process: wait for its end, or choose another output folder"
         lock = hold(self.folder, busy)
-        self._check_folder(config, classes)  # another process may have begun, and ended, meanwhile
-        remove_partial_files(self.folder)
-        write_atomically(self.config_path, json.dumps(config.to_dict(), indent=2) + "\n")
-        make_folder(self.checkpoints)
-        remove_partial_files(self.checkpoints)
-        if classes is not None and (self.classes() is None or not self._has_work()):
-            written = {"classes": list(classes), "words": words_of(classes)}
-            write_atomically(self.classes_path, json.dumps(written) + "\n")
+        try:
+            self._check_folder(config, classes)  # another process may have begun, and ended, meanwhile
+            remove_partial_files(self.folder)
+            write_atomically(self.config_path, json.dumps(config.to_dict(), indent=2) + "\n")
+            make_folder(self.checkpoints)
+            remove_partial_files(self.checkpoints)
+            if classes is not None and (self.classes() is None or not self._has_work()):
+                written = {"classes": list(classes), "words": words_of(classes)}
+                write_atomically(self.classes_path, json.dumps(written) + "\n")
+        except BaseException:
+            lock.release()
+            raise
         return lock
 
     def _check_folder(self, config: TrainConfig, classes: Sequence[str] | None) -> None:

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -277,6 +278,9 @@ def test_a_teacher_that_another_model_guides_is_taught_without_it(trained, tmp_p
     with pytest.warns(UserWarning, match="is guided by runs/weaker, which cannot be taught"):
         found = parse(["train", "--teacher", str(tmp_path / "guided")]).config
     assert (found.teacher_guidance, found.teacher_interval) == (1.0, None)
+    with warnings.catch_warnings(action="error"):
+        found = parse(["train", "--teacher", str(tmp_path / "guided"), "--teacher-guidance", "2"]).config
+    assert (found.teacher_guidance, found.teacher_interval) == (2.0, None)
 
 
 def test_none_and_flags_after_the_runs_own_settings(trained, tmp_path):

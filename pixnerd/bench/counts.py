@@ -10,8 +10,21 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
-NOTHING_MOVED = {aten._unsafe_view, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.detach}
-OVERWRITING = {aten.copy_, aten.fill_, aten.zero_}  # what their first argument was does not matter
+# what only makes room moves nothing
+NOTHING_MOVED = {aten._unsafe_view, aten.empty, aten.empty_like, aten.empty_strided, aten.detach}
+NOTHING_MOVED |= {aten.new_empty, aten.new_empty_strided}
+# what these are given first they do not read: the room for their result, or a tensor of the same shape
+OVERWRITING = {
+    aten.copy_,
+    aten.fill_,
+    aten.zero_,
+    aten.normal_,
+    aten.uniform_,
+    aten._foreach_zero_,
+    aten._foreach_copy_,
+}
+OVERWRITING |= {aten.zeros_like, aten.ones_like, aten.full_like, aten.rand_like, aten.randn_like}
+OVERWRITING |= {aten.new_zeros, aten.new_ones, aten.new_full}
 
 
 class Roofs(NamedTuple):

@@ -51,7 +51,8 @@ def run_benchmark(config: BenchConfig, name: str, command: str, out: Path | None
     record |= measure_parts(bench)
     first = rates[config.precisions[0]]
     _write(record | {"scaling": {}}, out)  # a larger network may be too large for the device: that loses nothing
-    around = dataclasses.replace(bench.config, batch_size=given)  # twice the largest batch would not fit
+    around = dataclasses.replace(bench.config, batch_size=min(given, config.batch_size))  # twice the largest: too many
+    record["scaling_batch"] = around.batch_size
     record["scaling"] = measure_scaling(around, bench.conditions.num_classes, bench.world.device, first)
     _write(record, out)
     return record

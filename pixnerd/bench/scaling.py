@@ -59,14 +59,15 @@ def gradient_action(
     return action
 
 
-def fits(action: Callable[[], None]) -> bool:
-    """Whether the device has the memory for an action."""
+def fitting_action(point: Point, *settings: Any) -> Callable[[], None] | None:
+    """`gradient_action`, or None if the device does not have the memory for it."""
     try:
+        action = gradient_action(point, *settings)
         action()
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
-        return False
-    return True
+        return None
+    return action
 
 
 def measure_scaling(config: BenchConfig, num_classes: int, device: torch.device, roofs: Roofs) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def measure_scaling(config: BenchConfig, num_classes: int, device: torch.device,
         actions = {
             value: action
             for value, point in values.items()
-            if fits(action := gradient_action(point, num_classes, device, precision, recompute))
+            if (action := fitting_action(point, num_classes, device, precision, recompute))
         }
         if len(actions) < 2:
             continue

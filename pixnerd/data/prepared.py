@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import filelock
 import numpy as np
 import torch
 from torch import Tensor
@@ -42,6 +41,7 @@ from .loading import fetched
 
 SHARD_IMAGES = 1024  # at most, so that an interruption loses little
 SHARD_BYTES = 2**28  # at most: each process holds one shard in memory while writing it
+FEW = 16  # images of a short last shard that may all be bad; with more of them a disk has gone
 MANIFEST, PLAN, SKIPPED = "manifest.json", "plan.json", "skipped.txt"
 
 
@@ -185,7 +185,7 @@ class Shards(Dataset):
             except InputError as error:
                 skipped.append((index, str(error)))
         kept = len(indices) - len(skipped)
-        if not kept and len(indices) in (self.images, len(self.source)):  # so many in a row: a disk is gone
+        if not kept and not (len(indices) <= FEW and len(indices) < min(self.images, len(self.source))):
             return InputError(f"none of the images {indices[0]} to {indices[-1]} can be read: {skipped[0][1]}")
         try:
             with replacing(path) as partial:
@@ -226,16 +226,21 @@ def prepare(source: ImageDataset, name: str, folder: Path, workers: int) -> Copy
     if workers < 0:
         raise InputError(f"workers is {workers}; it cannot be negative")
     shards = Shards(source, folder)
-    lock = _begin(shards, name)
+    _check_folder(shards, name)
+    make_folder(folder)
+    lock = hold(folder, "is being prepared by another process: wait for its end, or choose another folder")
     try:
+        _check_folder(shards, name)  # another process may have begun meanwhile
         return _write(shards, name, workers)
     finally:
         lock.release()
 
 
 def _write(shards: Shards, name: str, workers: int) -> Copy:
-    """Write the shards that are not finished, and the manifest."""
+    """Write the plan, the shards that are not finished, and the manifest."""
     source, folder = shards.source, shards.folder
+    remove_partial_files(folder)
+    write_atomically(folder / PLAN, json.dumps(_plan(shards, name), indent=2) + "\n")
     todo = [number for number in range(len(shards)) if shards.record(number) is None]
     left = sum(len(shards.indices(number)) for number in todo)
     needed, free = left * shards.image_bytes, shutil.disk_usage(folder).free
@@ -251,17 +256,6 @@ def _write(shards: Shards, name: str, workers: int) -> Copy:
     if not todo:
         copy.images.verify()
     return copy
-
-
-def _begin(shards: Shards, name: str) -> filelock.BaseFileLock:
-    """Create the folder, or check that it holds a copy of the same images; claim it until the lock is released."""
-    _check_folder(shards, name)
-    make_folder(shards.folder)
-    busy = "is being prepared by another process: wait for its end, or choose another folder"
-    lock = hold(shards.folder, busy)
-    remove_partial_files(shards.folder)
-    write_atomically(shards.folder / PLAN, json.dumps(_plan(shards, name), indent=2) + "\n")
-    return lock
 
 
 def _check_folder(shards: Shards, name: str) -> None:

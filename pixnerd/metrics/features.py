@@ -72,7 +72,7 @@ def collect(
 
     Args:
         pooled: a frozen network's features, see FrozenNetwork.pooled.
-        batches: this process's batches.
+        batches: this process's batches, at least one, see `check_shared`.
         count: number of images in all processes.
         keep: number of images whose rows are kept, chosen at random but always the same; None: all.
     """

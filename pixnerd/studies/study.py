@@ -337,7 +337,8 @@ def configured(base: TrainConfig, settings: Settings, project: Path | None = Non
         if not isinstance(teacher, str):
             raise InputError(f"teacher is {teacher!r}; it has to be the name of a trained model")
         there = str(project / teacher) if project and (project / teacher.partition("@")[0]).exists() else teacher
-        base = student_config(there, base, distil=settings.get("distil", "shortcut"))
+        given = {name: settings[name] for name in ("distil", "teacher_guidance") if name in settings}
+        base = student_config(there, base, **given)
     nested: dict[str, Settings] = {"model": {}, "sampling": {}}
     plain: Settings = {}
     for name, value in settings.items():

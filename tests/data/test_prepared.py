@@ -256,6 +256,15 @@ def test_a_shard_without_one_good_image_stops_the_work(root, tmp_path):
     assert "00001.npy" not in shard_files(tmp_path / "copy")
 
 
+def test_a_longer_last_shard_without_one_good_image_stops_the_work(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepared, "FEW", 1)
+    source = source_of(root)
+    for path in source.paths[12:]:
+        path.unlink()
+    with pytest.raises(InputError, match="none of the images 12 to 13 can be read"):
+        data.prepare(source, name_of(root), tmp_path / "copy", 0)
+
+
 def test_a_short_last_shard_may_have_no_good_image(root, tmp_path):
     """The two images behind three full shards; nothing is said of a disk that has gone."""
     source = source_of(root)
@@ -280,6 +289,24 @@ def test_two_processes_do_not_write_one_copy(root, tmp_path, monkeypatch):
     assert len(prepare(root, tmp_path / "copy").images) == COUNT
     assert not (tmp_path / "copy" / ".1.partial-plan.json").exists()
     with other:  # released at the end
+        pass
+
+
+def test_a_process_that_waited_does_not_take_the_others_copy_for_its_own(root, tmp_path, monkeypatch):
+    """Both began with an empty folder."""
+    other = tmp_path / "other"
+    shutil.copytree(root, other)
+    claim = prepared.hold
+
+    def after_the_other(folder, busy):
+        monkeypatch.setattr(prepared, "hold", claim)
+        prepare(other, folder)
+        return claim(folder, busy)
+
+    monkeypatch.setattr(prepared, "hold", after_the_other)
+    with pytest.raises(InputError, match="already holds another copy .source"):
+        prepare(root, tmp_path / "copy")
+    with filelock.FileLock(tmp_path / "copy" / ".lock", timeout=0):  # released
         pass
 
 

@@ -121,6 +121,7 @@ def test_tf32_is_off_inside_and_as_it_was_afterwards(newer):
             assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
         assert [backend.fp32_precision for backend in backends] == on
     finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
 
