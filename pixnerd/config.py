@@ -111,8 +111,7 @@ class TrainConfig:
     label_dropout: Share = 0.1
     """how often an image is shown without its label or caption, which guidance needs"""
     text_encoder: str = "Qwen/Qwen3-1.7B"
-    """what reads the captions for a text model: minilm, a local folder, or a hub id; NAME:LAYER is its state after so
-    many layers, 0: its words' vectors"""
+    """what reads the captions for a text model: minilm, a local folder, or a hub id"""
     cache_text: bool = True
     """keep every caption's features in memory and under data/text; too large for millions of captions"""
     workers: Index = 0

