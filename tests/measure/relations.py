@@ -1,21 +1,22 @@
-"""Why relations between shapes are hard to learn from captions, and whether a trained run has learned them.
+"""Whether a trained run has learned relations between shapes, and how hard they are to learn from captions.
 
-python -m tests.measure.relations probe [LAYER …]   which of two shapes comes first, read from MiniLM's frozen features
-python -m tests.measure.relations drawn RUN …       how a run's samples arrange the shapes of a caption
+python -m tests.measure.relations drawn RUN …   how samples arrange the shapes of a caption
+python -m tests.measure.relations told RUN …    what the opposite relation in the caption does to the velocity error
+python -m tests.measure.relations probe         which of two shapes comes first, read from MiniLM's frozen features
 
 The probe is one block of the text network and one question to its tokens, "is this shape left of, or above, the
-other?", trained on the training captions and asked about a tenth of them that it has not seen. A layer is learned by
-how many steps that takes.
+other?", trained on the training captions and asked about a tenth of them that it has not seen.
 """
 
 import argparse
+import itertools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixnerd import data
+from pixnerd import data, flow
 from pixnerd.conditions import model_conditions
 from pixnerd.data.shapes import INVERSE, SHAPES, Scene
 from pixnerd.frozen.text_encoder import load_encoder
@@ -23,9 +24,10 @@ from pixnerd.layers import Attention, DiTBlock, RMSNorm
 from pixnerd.metrics.scenes import find_objects, stands
 from pixnerd.model_source import find_model
 from pixnerd.sampling import sample_batches
+from pixnerd.studies.compare import bootstrap_interval
 
 LENGTH, WIDTH, HEADS = 16, 192, 6  # as in shapes-text-cpu
-RATE, BATCH, REPORTS = 5e-4, 64, (100, 200, 300, 400, 600, 800)
+BATCH, REPORTS = 64, (100, 200, 400, 800)
 
 
 class Probe(nn.Module):
@@ -62,16 +64,21 @@ def questions() -> list[tuple[str, int, bool]]:
     return [rows[index] for index in order]
 
 
-def probe(layer: int) -> Iterator[tuple[int, float]]:
-    """Steps of training → share of unseen captions that are read correctly."""
+def probe(layer: int, rate: float) -> Iterator[tuple[int, float]]:
+    """Steps of training at a learning rate → share of unseen captions that are read correctly.
+
+    What is read is the encoder's state after so many of its layers, 0: the vectors of its words.
+    """
     torch.manual_seed(0)
-    rows = questions()
-    encoder = load_encoder(f"minilm:{layer}", LENGTH)
-    captions = [caption for caption, _, _ in rows]
-    text = torch.cat([encoder(captions[first : first + 256]) for first in range(0, len(rows), 256)])  # [n, L, F]
+    rows, encoder = questions(), load_encoder("minilm", LENGTH)
+    tokens = encoder.tokenise([caption for caption, _, _ in rows])
+    mask = (torch.arange(LENGTH) < tokens.lengths[:, None]).long()
+    with torch.no_grad():
+        states = encoder.model(input_ids=tokens.ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    text = states[layer]  # [n, L, F]
     shapes, is_first = torch.tensor([row[1] for row in rows]), torch.tensor([row[2] for row in rows])
     model, fitted = Probe(encoder.features), len(rows) * 9 // 10
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0)
     for step in range(1, REPORTS[-1] + 1):
         chosen = torch.randint(fitted, (BATCH,))
         found = model(text[chosen], shapes[chosen])
@@ -82,6 +89,34 @@ def probe(layer: int) -> Iterator[tuple[int, float]]:
             with torch.no_grad():
                 right = (model(text[fitted:], shapes[fitted:]) > 0) == is_first[fitted:]
             yield step, float(right.float().mean())
+
+
+@torch.no_grad()
+def told(name: str, count: int = 240) -> Iterator[str]:
+    """The velocity error of training scenes told their own caption, and told the opposite relation; a line for each t.
+
+    The differences come from the same images and noise, so that little of one is noise.
+    """
+    source = find_model(name)
+    model = source.load()
+    conditions = model_conditions(model, source.config(model), torch.device("cpu"))
+    dataset = data.load("shapes", model.config.image_size)
+    for task in ("position", "composition"):
+        indices = [index for index, scene in enumerate(dataset.scenes) if scene.task == task][:count]
+        x, captions = data.to_float(dataset.batch(indices)[0]), [dataset.captions[index][0] for index in indices]
+        relations = [dataset.scenes[index].relation for index in indices]
+        opposite = [c.replace(relation, INVERSE[relation]) for c, relation in zip(captions, relations, strict=True)]
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+        for at in (0.02, 0.1, 0.2):
+            t = torch.full((len(x),), at)
+            x_t = flow.interpolate(x, noise, t)
+            own, other = (
+                (model(x_t, t, conditions.encode(text)) - (x - noise)).square().mean((1, 2, 3))
+                for text in (captions, opposite)
+            )
+            low, high = bootstrap_interval((other - own).numpy())
+            more = f"{(other - own).mean():+.5f} ({low:+.5f} to {high:+.5f})"
+            yield f"{name}, {task}, t = {at}: error {own.mean():.4f}, told the opposite {more}"
 
 
 def drawn(name: str, split: str, count: int = 240) -> str:
@@ -115,17 +150,21 @@ def way(scene: Scene, found: tuple) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("probe").add_argument("layers", type=int, nargs="*", default=[0, 3, 6])
-    commands.add_parser("drawn").add_argument("runs", nargs="+")
+    commands.add_parser("probe")
+    for command in ("drawn", "told"):
+        commands.add_parser(command).add_argument("runs", nargs="+")
     given = parser.parse_args()
-    if given.command == "drawn":
-        for name in given.runs:
-            for split in ("shapes", "shapes:held-out"):
-                print(drawn(name, split), flush=True)
+    if given.command == "probe":
+        for layer, rate in itertools.product((0, 6), (0.0005, 0.002)):
+            line = ", ".join(f"{step} steps {share:.0%}" for step, share in probe(layer, rate))
+            print(f"layer {layer}, learning rate {rate}: read correctly after {line}", flush=True)
         return
-    for layer in given.layers:
-        line = ", ".join(f"{step}: {share:.0%}" for step, share in probe(layer))
-        print(f"layer {layer}: read correctly after so many steps: {line}", flush=True)
+    for name in given.runs:
+        lines = (
+            told(name) if given.command == "told" else (drawn(name, split) for split in ("shapes", "shapes:held-out"))
+        )
+        for line in lines:
+            print(line, flush=True)
 
 
 if __name__ == "__main__":
