@@ -27,6 +27,7 @@ from pixnerd.sampling import sample_batches
 from pixnerd.studies.compare import bootstrap_interval
 
 LENGTH, WIDTH, HEADS = 16, 192, 6  # as in shapes-text-cpu
+WARMUP, CLIP = 100, 1.0  # as there; without them 0.002 reads nothing
 BATCH, REPORTS = 64, (100, 200, 400, 800)
 
 
@@ -80,10 +81,13 @@ def probe(layer: int, rate: float) -> Iterator[tuple[int, float]]:
     model, fitted = Probe(encoder.features), len(rows) * 9 // 10
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0)
     for step in range(1, REPORTS[-1] + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, step / WARMUP)
         chosen = torch.randint(fitted, (BATCH,))
         found = model(text[chosen], shapes[chosen])
         optimizer.zero_grad()
         F.binary_cross_entropy_with_logits(found, is_first[chosen].float()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         if step in REPORTS:
             with torch.no_grad():
