@@ -334,7 +334,7 @@ class Sweep(Command):
 
     study: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STUDY")]
     """the study, a YAML file"""
-    index: tuple[Index, ...] = ()
+    index: tuple[Index, ...] | None = None
     """only the runs of these numbers, see --list; a single one is made in this process"""
     jobs: Count = 1
     """how many runs at a time"""
@@ -348,15 +348,15 @@ class Sweep(Command):
     """make nothing: say how far each run is"""
     record: bool = False
     """make nothing: write the figures of the runs that are done into data/ablations/STUDY"""
-    compare: str = ""
+    compare: str | None = None
     """make nothing: say how the measures differ between the values of this axis, from the runs or from the record"""
     against: str = ""
     """with compare: the value that the others are compared with; by default the first that a run has"""
     tune: str = ""
     """with compare: an axis that is tuned, such as the learning rate; each combination of the others counts with the
     best value alone, chosen on the seeds that all of its values have"""
-    by: str = "velocity_error"
-    """with tune: the measure that is smallest at the best value"""
+    by: str = ""
+    """with tune: the measure that is smallest at the best value; by default velocity_error"""
 
     def run(self) -> None:
         from .studies.compare import at_best, best_values, table
@@ -365,33 +365,43 @@ class Sweep(Command):
         from .studies.sweep import Status, carry_out, check_alone, check_folders, status_of, sweep
 
         check_alone()
-        if self.list + self.record + bool(self.compare) > 1:
+        comparing = self.compare is not None
+        if self.list + self.record + comparing > 1:
             raise InputError("list, record and compare are three commands: give one of them")
-        if self.index and (self.record or self.compare):
+        if self.index is not None and (self.record or comparing):
             raise InputError("index names runs to make or to list; record and compare take all that are done")
-        if self.against and not self.compare:
+        if self.index == ():
+            raise InputError("index is empty; it takes the numbers of runs, see --list, or is left out for all of them")
+        if self.against and not comparing:
             raise InputError(f"against is {self.against}; it goes with compare")
-        if self.tune and (not self.compare or self.tune == self.compare):
+        if self.tune and (not comparing or self.tune == self.compare):
             raise InputError(f"tune is {self.tune}; it goes with compare, and names another axis than that")
+        if self.by and not self.tune:
+            raise InputError(f"by is {self.by}; it goes with tune")
         study = read_study(self.study)
         out = self.out or Path("runs", study.name)
-        if self.compare:
+        if self.compare is not None:
             rows = stored_rows(study, out)
             if self.tune:
-                best = best_values(rows, self.tune, self.by)
+                best = best_values(rows, self.tune, self.by or "velocity_error")
                 others = [axis for axis in study.axes if axis != self.tune]
                 _print_table([[*others, f"best {self.tune}"], *([*arm, value] for arm, value in best.items())])
                 print()
                 rows = at_best(rows, self.tune, best)
             _print_table(table(rows, self.compare, self.against))
+            plan = expand(study, out) if out.is_dir() else []
+            if failed := [run for run in plan if status_of(run).state == "failed"]:
+                print(
+                    f"\nleft out: {len(failed)} runs that failed, the first of them {failed[0].folder.name}, see --list"
+                )
             return
         plan = expand(study, out)
-        if beyond := [index for index in self.index if index >= len(plan)]:
+        if beyond := [index for index in self.index or () if index >= len(plan)]:
             raise InputError(f"index is {beyond[0]}; study {study.name} has the runs 0 … {len(plan) - 1}")
         check_folders(study, plan, out)
         before = earlier_record(study)
         recorded = {row.index for row in before.rows} if before else set()
-        chosen = [plan[index] for index in dict.fromkeys(self.index)] or plan
+        chosen = [plan[index] for index in dict.fromkeys(self.index or ())] or plan
         if self.list:
             states = [(run, status_of(run)) for run in chosen]
             there = [Status("recorded") if s.state == "missing" and r.index in recorded else s for r, s in states]
@@ -401,6 +411,10 @@ class Sweep(Command):
             print(f"recorded: {write_record(self.study, study, plan)}")
         elif len(chosen) > 1 or not self.index:
             left = [run for run in chosen if self.again or self.index or run.index not in recorded]
+            if len(left) < len(plan) and not self.index:
+                print(
+                    f"{len(plan) - len(left)} of {len(plan)} runs are in the record, and not made again without --again"
+                )
             if code := sweep(self.study, left, out, self.jobs, self.retry):
                 sys.exit(code)
         else:

@@ -688,6 +688,11 @@ class Explorer {
     return several.map(([axis, value]) => `${axis} ${value}`).join(", ");
   }
 
+  /** Those of A and B that the study has; of one arm there is A alone. */
+  sides() {
+    return ["a", "b"].filter((side) => this.selection[side] !== undefined);
+  }
+
   sideName(side) {
     return `${this.selection.axis} ${this.selection[side]}`;
   }
@@ -718,7 +723,13 @@ class Explorer {
     for (const [name, section] of Object.entries(SECTIONS)) {
       this.parts[name].replaceChildren(...(shown || !section.tells ? section.draw(this) : []));
     }
-    if (focus) this.el.querySelector(`[data-key="${CSS.escape(focus)}"]`)?.focus();
+    if (focus) this.focusOn(focus);
+  }
+
+  /** Focus the control of a key; if it is gone, as a button that started or stopped a run, what stands for it now. */
+  focusOn(key) {
+    const find = (selector) => this.el.querySelector(selector);
+    (find(`[data-key="${CSS.escape(key)}"]`) ?? find('[data-key="stop"]') ?? find("summary"))?.focus();
   }
 
   /** A labelled choice that stays in place while its options change. */
@@ -752,7 +763,7 @@ class Explorer {
       this.select("study", "study", named, selection.study, (name) => this.choose({ study: name })),
       this.select("measure", "measure", measures, selection.measure, (measure) => this.choose({ measure })),
     ];
-    if (selection.axis) nodes.push(...this.switchControls(plain));
+    if (this.sides().length > 1) nodes.push(...this.switchControls(plain));
     const toggle = make("input", { type: "checkbox", "data-key": "guess", onchange: () => this.toggleGuessing() });
     toggle.checked = this.guessing;
     const score = this.score.asked ? ` (${this.score.right} of ${this.score.asked} right)` : "";
@@ -823,8 +834,8 @@ class Explorer {
 
   drawFlip() {
     const { study, selection } = this;
-    if (!selection.axis) {
-      this.parts.flip.replaceChildren(make("p", {}, "There is one run, and nothing to compare it with."));
+    if (this.sides().length < 2) {
+      this.parts.flip.replaceChildren(make("p", {}, "There is one arm, and nothing to compare it with."));
       return;
     }
     const panels = panelsOf(study, selection);
@@ -1000,12 +1011,12 @@ function seriesOf(runs, name, side) {
 /** The sample sheets of both sides beside each other, and one over the other. */
 function samples(page) {
   const { study, selection } = page;
-  const arms = ["a", "b"].map((side) => armOf(study, { ...selection.at, [selection.axis]: selection[side] }));
+  const arms = page.sides().map((side) => armOf(study, { ...selection.at, [selection.axis]: selection[side] }));
   const sources = arms.map((arm) => study.sheets[arm]);
   if (!sources.some(Boolean)) return [];
   const many = study.loose ? "samples" : "sixteen samples";
-  const labels = ["a", "b"].map((side) => `${many} of ${side.toUpperCase()}, ${page.sideName(side)}`);
-  const figures = ["a", "b"].map((side, i) => {
+  const labels = page.sides().map((side) => `${many} of ${side.toUpperCase()}, ${page.sideName(side)}`);
+  const figures = page.sides().map((side, i) => {
     const caption = make("figcaption", { class: `side ${side}` }, `${side.toUpperCase()}: ${page.sideName(side)}`);
     return make(
       "figure",
@@ -1015,7 +1026,7 @@ function samples(page) {
     );
   });
   const remember = (share) => (page.share = share);
-  if (sources.every(Boolean)) figures.push(wipe(sources, labels, page.share, remember));
+  if (sources.length > 1 && sources.every(Boolean)) figures.push(wipe(sources, labels, page.share, remember));
   const note = study.loose
     ? "The newest samples that a run on each side keeps; they may be asked for other things, and start from other noise."
     : "Both start from the same noise in the same place. They are the samples of one seed.";
@@ -1037,7 +1048,9 @@ function cost(page) {
   if (!y) return [];
   const fixed = { ...selection.at };
   delete fixed[selection.columns];
-  const runs = study.runs.filter((run) => agrees(choicesOf(study, run), fixed));
+  const panel = (run) =>
+    Object.fromEntries(Object.entries(choicesOf(study, run)).filter(([axis]) => axis !== selection.axis));
+  const runs = study.runs.filter((run) => agrees(choicesOf(study, run), fixed) && !page.isHidden(panel(run)));
   const arms = [...grouped(runs, (run) => run.choices.join("-")).values()];
   const { better, title } = index.measures[y];
   const charts = COSTS.filter(having).map((x) => {
@@ -1190,10 +1203,12 @@ function again(page) {
     { type: "button", "data-key": "copy link", onclick: () => copy(location.href, link) },
     "copy a link to this view",
   );
+  const known = set.length ? make("ul", {}, ...set) : make("p", {}, "The settings of these arms are not known.");
+  const both = page.sides().length > 1;
   return [
-    make("h3", {}, "What the switch sets"),
-    set.length ? make("ul", {}, ...set) : make("p", {}, "The settings of these arms are not known."),
-    make("h3", {}, headed(page, "Make both sides again")),
+    both && make("h3", {}, "What the switch sets"),
+    both && known,
+    make("h3", {}, headed(page, both ? "Make both sides again" : "Make it again")),
     make("pre", { tabindex: 0, "aria-label": "command" }, command),
     copied,
     page.options.inAddress ? link : null,

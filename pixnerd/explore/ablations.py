@@ -128,7 +128,7 @@ def _check_switch(study: Entry, axis: str, a: str, b: str) -> None:
 
 def fragment(found: Index) -> str:
     """HTML that shows an index wherever it is put: the style, an element, and the module with the index."""
-    content = json.dumps(found, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+    content = json.dumps(found, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     call = 'showIndex(document.getElementById("ablations"), document.getElementById("ablations-index"));'
     return (
         f"<style>\n{STYLE.read_text()}</style>\n"

@@ -15,6 +15,7 @@ import base64
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shlex
 from collections.abc import Iterator, Sequence
@@ -439,9 +440,10 @@ def _read_loose(folder: Path) -> Entry:
     config = run.config()
     log = run.read_log()
     last = log[-1]["step"] if log else 0
-    measured = run.metrics().get("study", {}).get("scores", {})
+    scores = training_figures(run) | run.metrics().get("study", {}).get("scores", {})
+    measured = {name: value for name, value in scores.items() if math.isfinite(value)}
     state = {"state": "done", "why": ""}
     if last < config.steps:  # the last step is always logged
         state = {"state": "stopped", "why": f"step {last} of {config.steps}"}
     found = state | {"choices": {}, "repeat": str(config.seed), "settings": _flat(config.to_dict())}
-    return found | {"measures": training_figures(run) | measured, "curves": curves_of(run)}
+    return found | {"measures": measured, "curves": curves_of(run)}

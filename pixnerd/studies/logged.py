@@ -37,5 +37,7 @@ def curves_of(run: Run) -> dict[str, list[float | None]]:
 
 
 def rounded(value: Any) -> Any:
-    """A float with six significant digits; anything else as it is."""
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) and math.isfinite(value) else value
+    """A float with six significant digits, None if it is not finite; anything else as it is."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None

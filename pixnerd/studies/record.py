@@ -59,12 +59,14 @@ def earlier_record(study: Study) -> Record | None:
         InputError: the record cannot be read, or is one of another study of this name.
     """
     folder = RECORDS / study.name
-    if not (folder / "about.json").is_file():
+    if not any((folder / name).is_file() for name in ("about.json", "rows.csv")):
         return None
     record, before = read_record(folder), read_study(folder / f"{study.name}.yaml")
     known, planned = (_choices_and_repeats(version) for version in (before, study))
     base = TrainConfig.from_dict(record.about["base"])
     for row in record.rows:
+        if row.index >= len(known):
+            raise InputError(f"{folder / 'rows.csv'} is damaged: its study has no run {row.index}")
         choices, repeat = known[row.index]
         changed = ["measure"] if before.measure != study.measure else []
         if row.index >= len(planned) or planned[row.index] != (choices, repeat):
@@ -72,8 +74,11 @@ def earlier_record(study: Study) -> Record | None:
         elif study.models:
             changed += [d.name for d in differences(before.settings_of(choices), study.settings_of(choices))]
         else:
-            then = configured(base, before.settings_of(choices))
-            now = configured(RECIPES[study.base], study.settings_of(choices))
+            try:
+                then = configured(base, before.settings_of(choices))
+                now = configured(RECIPES[study.base], study.settings_of(choices))
+            except InputError:  # a student's teacher that is not here: what the files set is compared
+                then, now = before.settings_of(choices), study.settings_of(choices)
             changed += [d.name for d in differences(then, now) if d.name not in HARMLESS | {"seed"}]
         if changed:
             raise InputError(

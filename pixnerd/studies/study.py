@@ -72,8 +72,12 @@ class Study:
             empty = next((f"axis {axis}" for axis, values in self.axes.items() if not values), "axes")
             raise InputError(f"{empty} is empty; a study varies at least one axis, each with named values")
         for name in (*self.axes, *(value for values in self.axes.values() for value in values)):
-            if not NAME.fullmatch(name) or name in COLUMNS:
+            if not NAME.fullmatch(name):
                 raise InputError(f"{name!r} cannot name an axis or a value: letters, digits and .+_- make such a name")
+        if taken := [axis for axis in self.axes if axis in COLUMNS]:
+            raise InputError(
+                f"an axis cannot be called {taken[0]!r}; {', '.join(sorted(COLUMNS))} are columns of records"
+            )
         for what, groups in (("adjust", [entry.when for entry in self.adjust]), ("leave_out", self.leave_out)):
             for group in groups:
                 self._check_group(what, group)

@@ -159,12 +159,25 @@ def _make(study: Study, run: PlannedRun) -> None:
     check_measures(run.config, study.measure)
     _note_surroundings(run.folder / SWEEP / "made.json")
     if run.model:
+        _check_trained(Run(run.model))
         measure_run(Run(run.model), study.measure, run.config.sampling, into=Run(run.folder))
         return
     if train_until_stopped(run.config, join()) < run.config.steps:
         sys.exit(STOPPED)
     on_stop_signals(_stop_now)  # nothing is lost while measuring: the last step has its checkpoint
     measure_run(Run(run.folder), study.measure)
+
+
+def _check_trained(model: Run) -> None:
+    """Raise InputError unless a run has the checkpoint of its last step: figures from a run midway would stay."""
+    from ..checkpoints import newest_checkpoint, step_of
+
+    newest = newest_checkpoint(model.checkpoints)
+    found, steps = step_of(newest) if newest else 0, model.config().steps
+    if found < steps:
+        raise InputError(
+            f"{model.folder} is at step {found} of {steps}: train it to its end, then run this with --retry"
+        )
 
 
 def _stop_now(*_: object) -> None:
@@ -299,7 +312,8 @@ def sweep(file: Path, plan: Sequence[PlannedRun], out: Path, jobs: int = 1, retr
                 ends[_outcome(child, bool(asked))] += 1
                 bar.update()
     ends["missing"] = len(waiting)
-    print(f"{len(plan)} runs: {', '.join(f'{count} {end}' for end, count in ends.items() if count)}")
+    if plan:
+        print(f"{len(plan)} runs: {', '.join(f'{count} {end}' for end, count in ends.items() if count)}")
     return STOPPED if asked or ends["stopped"] else int(ends["failed"] > 0)
 
 

@@ -318,7 +318,7 @@ def test_other_projects_open(page, tmp_path):
 
     show("No study has runs or a record yet.")
     synthetic.loose_run(tmp_path, "one", base)
-    show("There is one run, and nothing to compare it with.")
+    show("There is one arm, and nothing to compare it with.")
     for seed in (1, 2):
         synthetic.loose_run(tmp_path, f"one-{seed}", dataclasses.replace(base, seed=seed))
     for seed in (0, 1, 2):
@@ -330,6 +330,19 @@ def test_other_projects_open(page, tmp_path):
     synthetic.copy_study(tmp_path)
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     show("no pair of runs")
+
+
+def test_a_study_of_one_arm_shows_it_alone(page, tmp_path):
+    path = synthetic.copy_study(tmp_path, name="one", axes={"head": {"field": {}}}, seeds=[0, 1])
+    synthetic.record(tmp_path, path)
+    (tmp_path / "page.html").write_text(ablations.page(index(tmp_path)))
+    page.goto(f"file://{tmp_path}/page.html")
+    page.get_by_text("There is one arm, and nothing to compare it with.").wait_for()
+    assert page.locator(".sheets figcaption").all_inner_texts() == ["A: head field"]
+    assert page.locator(".curves figure").count() > 0
+    assert page.locator("pre").inner_text() == "pixnerd sweep data/ablations/one/one.yaml --index 0 1"
+    assert "undefined" not in page.locator("body").inner_text()
+    assert page.locator("[data-key='swap']").count() == 0
 
 
 def test_runs_of_no_study_show_samples_and_do_not_claim_the_same_noise(page, tmp_path):
@@ -518,6 +531,10 @@ def test_nothing_tells_what_is_to_be_predicted(opened, recorded):
     ends = [float(bar.get_attribute(name)) for name in ("y1", "y2")]
     spread = max(*marks, *ends) - min(*marks, *ends)
     assert spread == pytest.approx(164 / 1.12, abs=0.5)  # the scale is that of this panel alone, with 6 % on both sides
+    frontiers = opened.locator(".cost figure .note").all_inner_texts()  # of the arms of the guessed panel alone
+    assert len(frontiers) == 3
+    for names in frontiers:
+        assert {name.split()[-1] for name in names.removeprefix("On the frontier: ").split("; ")} == {"v"}
     choose(opened, measure="kid")
     assert opened.locator(".verdict").count() == 0
 

@@ -143,7 +143,9 @@ def test_the_notebook_under_voila(browser, project, recorded):
         for number in (0, 1):
             page.get_by_role("button", name=f"train this one now run {number}").click()
             page.locator(".progress", has_text=f"run {number} of tiny").wait_for()
+            assert page.evaluate("document.activeElement.dataset.key") == "stop"  # the button that was used is gone
             page.locator(".progress").wait_for(state="detached")
+            assert page.evaluate("document.activeElement.localName") == "summary"
         page.wait_for_selector(".verdict")
         assert page.locator(".panel .mark").count() == 2
         assert page.locator(".missing summary").count() == 0

@@ -243,6 +243,72 @@ def test_comparisons_read_the_runs_or_else_the_record(study_of_fakes, capsys):
     assert capsys.readouterr().out == from_runs
 
 
+def test_comparing_says_how_many_runs_failed(study_of_fakes, capsys):
+    path, study, plan = study_of_fakes
+    for run in plan[:6]:
+        fake(run, study)
+    for run in plan[6:]:
+        fake(run, study)
+        (run.folder / "metrics.json").unlink()
+        (run.folder / SWEEP / "failed.json").write_text('{"why": "the loss is not finite"}')
+    assert sweep(path, "--compare", "head") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "left out: 2 runs that failed, the first of them 0006-field-v-seed-5, see --list"
+    )
+
+
+def test_a_record_of_students_is_compared_without_their_teacher(study_file, capsys):
+    trained = study_file("teacher", axes={"head": {"field": {}}}, seeds=[0])
+    assert sweep(trained, "--index", 0) == 0
+    teacher = expand(read_study(trained), Path("runs/teacher"))[0].folder
+    axes = {"distil": {"meanflow": {"distil": "meanflow"}, "shortcut": {"distil": "shortcut"}}}
+    path = study_file(base="student-cpu", settings={"teacher": str(teacher), "steps": 2}, axes=axes)
+    study = read_study(path)
+    for run in expand(study, Path("runs/tiny")):
+        fake(run, study)
+    assert sweep(path, "--record") == 0
+    Path("runs").rename("elsewhere")
+    capsys.readouterr()
+    assert sweep(path, "--compare", "distil") == 0
+    assert "shortcut − meanflow" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("about.json", None, "about.json does not exist"),
+        ("rows.csv", lambda text: text.replace("\n1,", "\n17,"), "rows.csv is damaged: its study has no run 17"),
+    ],
+)
+def test_a_damaged_record_is_not_replaced(study_of_fakes, capsys, name, change, sentence):
+    path, study, plan = study_of_fakes
+    for run in plan[:2]:
+        fake(run, study)
+    assert sweep(path, "--record") == 0
+    file = RECORDS / "tiny" / name
+    if change is None:
+        file.unlink()
+    else:
+        file.write_text(change(file.read_text()))
+    before = (RECORDS / "tiny" / "rows.csv").read_text()
+    for command in ("--record", "--list"):
+        assert sweep(path, command) == 2
+        assert sentence in capsys.readouterr().err
+    assert (RECORDS / "tiny" / "rows.csv").read_text() == before
+
+
+def test_a_figure_that_is_not_finite_is_left_blank(study_of_fakes):
+    path, study, plan = study_of_fakes
+    fake(plan[0], study, kid=float("nan"))
+    kept = Run(plan[0].folder).metrics()["study"] | {"error_by_t": [float("inf"), 0.5]}
+    Run(plan[0].folder).save_metrics({"study": kept})
+    assert sweep(path, "--record") == 0
+    record = read_record(RECORDS / "tiny")
+    assert "kid" not in record.rows[0].measures
+    assert record.curves[0]["error_by_t"] == [None, 0.5]
+    assert "NaN" not in (RECORDS / "tiny" / "curves.json").read_text()
+
+
 def test_arms_are_compared_at_the_best_value_of_a_tuned_axis(study_of_fakes, capsys):
     path, study, plan = study_of_fakes
     for run, fd in zip(plan, [2.0, 1.0, 5.0, 7.0, 2.5, 3.0, 4.0, 9.0], strict=True):  # linear v, x, field v, x

@@ -96,7 +96,7 @@ BAD = {
     "one name": ({"axes": {"a": {"b": {}, "b-c": {"steps": 3}}, "d": {"c-e": {}, "e": {"clip": 2}}}}, "called b-c"),
     "truth": ({"axes": {"norm": {False: {}}}}, "axis norm has the name False; put names such as on, off"),
     "path": ({"axes": {"../head": LINEAR}}, "'../head' cannot name an axis or a value"),
-    "column": ({"axes": {"seed": LINEAR}}, "'seed' cannot name an axis or a value"),
+    "column": ({"axes": {"seed": LINEAR}}, "an axis cannot be called 'seed'; index, model, seed are columns of rec"),
     "set twice": ({"axes": {"head": LINEAR, "b": {"field": {"model.head": "field"}}}}, "set model.head; let adjust"),
     "a teacher that is no name": ({"settings": {"teacher": 5}}, "teacher is 5; it has to be the name of a trained"),
     "long names": (

@@ -363,6 +363,10 @@ def test_folders_from_elsewhere_are_refused(study_file, capsys, place, sentence)
         (["--index", -1], "index is (-1,); it cannot be negative"),
         (["--jobs", 0], "jobs is 0; it has to be at least 1"),
         (["--list", "--record"], "list, record and compare are three commands"),
+        (["--index"], "index is empty; it takes the numbers of runs"),
+        (["--list", "--index"], "index is empty"),
+        (["--compare", ""], "study tiny has neither a run"),
+        (["--compare", "head", "--by", "fd"], "by is fd; it goes with tune"),
         (["--record", "--index", 1], "index names runs to make or to list"),
         (["--record"], "no run of study tiny is done yet"),
         (["--against", "field"], "against is field; it goes with compare"),
@@ -416,6 +420,19 @@ def test_models_are_measured_and_not_trained(study_file, capsys):
     capsys.readouterr()
     assert sweep(path, "--compare", "guidance") == 0
     assert "three − none" in capsys.readouterr().out
+
+
+def test_a_model_that_is_still_trained_is_not_measured(study_file, capsys):
+    trained = study_file()
+    assert sweep(trained, "--index", 0) == 0
+    model = Run(plan_of(trained)[0].folder)
+    longer = model.config().to_dict() | {"steps": 8}
+    model.config_path.write_text(json.dumps(longer))
+    parts = {"base": None, "settings": None, "seeds": None, "models": [str(model.folder)]}
+    path = study_file("guided", **parts, axes={"guidance": {"one": {"sampling.guidance": 1.0}}})
+    assert sweep(path, "--index", 0) == 2
+    assert f"{model.folder} is at step 4 of 8: train it to its end" in capsys.readouterr().err
+    assert states(plan_of(path, "runs/guided")) == ["failed"]
 
 
 def test_the_recipe_for_submitit_goes_on_when_a_jobs_time_is_over(study_file, monkeypatch, undisturbed):
