@@ -354,7 +354,7 @@ class Sweep(Command):
     """with compare: the value that the others are compared with; by default the first that a run has"""
     tune: str = ""
     """with compare: an axis that is tuned, such as the learning rate; each combination of the others counts with the
-    best value alone, chosen on the seeds that all of its values have"""
+    best value alone: the worst on the seeds that all have is dropped, until one is left"""
     by: str = ""
     """with tune: the measure that is smallest at the best value; by default velocity_error"""
 

@@ -66,8 +66,8 @@ def paired(rows: Iterable[Row], axis: str, a: str, b: str, measure: str) -> Comp
 def best_values(rows: Iterable[Row], axis: str, measure: str) -> dict[tuple[str, ...], str]:
     """The best value of a tuned axis, such as the learning rate, for each combination of the other axes' values.
 
-    It is the one with the smallest mean of the measure over the seeds that all values of this combination share: one
-    seed with every value is enough, the other seeds may have the best alone.
+    The value with the largest mean of the measure, over the seeds that all values share, is dropped, until one is left:
+    one seed with every value is enough, and the more seeds the good values have, the more decide among them.
 
     Args:
         rows: of a study.
@@ -78,7 +78,7 @@ def best_values(rows: Iterable[Row], axis: str, measure: str) -> dict[tuple[str,
         by the values of the other axes, in the order in which they are first met.
 
     Raises:
-        InputError: there is no such axis or measure, or the values of a combination share no seed.
+        InputError: there is no such axis or measure, or values of a combination that are left share no seed.
     """
     if measure not in SMALL_IS_GOOD:
         raise InputError(
@@ -95,10 +95,14 @@ def best_values(rows: Iterable[Row], axis: str, measure: str) -> dict[tuple[str,
         raise InputError(f"no run of the study that is done has the measure {measure!r}")
     found = {}
     for arm, values in arms.items():
-        shared = sorted(set.intersection(*(set(repeats) for repeats in values.values())))
-        if not shared:
-            raise InputError(f"the values {', '.join(values)} of {axis} share no seed for {'-'.join(arm)}")
-        found[arm] = min(values, key=lambda value: sum(values[value][repeat] for repeat in shared))
+        left = list(values)
+        while len(left) > 1:
+            shared = sorted(set.intersection(*(set(values[value]) for value in left)))
+            if not shared:
+                raise InputError(f"the values {', '.join(left)} of {axis} share no seed for {'-'.join(arm)}")
+            sums = {value: sum(values[value][repeat] for repeat in shared) for value in left}
+            left.remove(max(reversed(left), key=sums.__getitem__))
+        found[arm] = left[0]
     return found
 
 

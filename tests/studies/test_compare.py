@@ -135,6 +135,16 @@ def test_best_values_are_chosen_on_shared_seeds_and_pairs_follow():
     assert (found.mean, found.pairs) == (((0.5 - 1) + (4 - 9)) / 2, 2)
 
 
+def test_a_poor_value_with_one_seed_leaves_the_others_seeds_to_decide():
+    errors = {"low": [1.0, 5.0, 5.0], "high": [2.0, 3.0, 3.0], "poor": [7.0]}
+    rows = [
+        Row(0, {"rate": rate}, str(seed), {"kid": error})
+        for rate, values in errors.items()
+        for seed, error in enumerate(values)
+    ]
+    assert best_values(rows, "rate", "kid") == {(): "high"}  # by seed 0 alone it would be "low"
+
+
 def test_rows_without_the_measure_choose_nothing():
     rows = [*tuned_rows(), Row(9, {"head": "line", "rate": "huge"}, "0", {"recall": 0.1})]
     assert best_values(rows, "rate", "kid") == best_values(tuned_rows(), "rate", "kid")
