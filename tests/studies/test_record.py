@@ -273,14 +273,8 @@ def test_a_record_of_students_is_compared_without_their_teacher(study_file, caps
     assert "shortcut − meanflow" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "sentence"),
-    [
-        ("about.json", None, "about.json does not exist"),
-        ("rows.csv", lambda text: text.replace("\n1,", "\n17,"), "rows.csv is damaged: its study has no run 17"),
-    ],
-)
-def test_a_damaged_record_is_not_replaced(study_of_fakes, capsys, name, change, sentence):
+def record_damaged(study_of_fakes, name, change):
+    """Record two runs, then change the text of one of the record's files, or remove it; returns the study's path."""
     path, study, plan = study_of_fakes
     for run in plan[:2]:
         fake(run, study)
@@ -290,6 +284,18 @@ def test_a_damaged_record_is_not_replaced(study_of_fakes, capsys, name, change, 
         file.unlink()
     else:
         file.write_text(change(file.read_text()))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("about.json", None, "about.json does not exist"),
+        ("rows.csv", lambda text: text.replace("\n1,", "\n17,"), "rows.csv is damaged: its study has no run 17"),
+    ],
+)
+def test_a_damaged_record_is_not_replaced(study_of_fakes, capsys, name, change, sentence):
+    path = record_damaged(study_of_fakes, name, change)
     before = (RECORDS / "tiny" / "rows.csv").read_text()
     for command in ("--record", "--list"):
         assert sweep(path, command) == 2
@@ -349,15 +355,7 @@ def test_arms_are_compared_at_the_best_value_of_a_tuned_axis(study_of_fakes, cap
     ],
 )
 def test_a_damaged_record_is_one_sentence(study_of_fakes, name, change, sentence):
-    path, study, plan = study_of_fakes
-    for run in plan[:2]:
-        fake(run, study)
-    assert sweep(path, "--record") == 0
-    file = RECORDS / "tiny" / name
-    if change is None:
-        file.unlink()
-    else:
-        file.write_text(change(file.read_text()))
+    record_damaged(study_of_fakes, name, change)
     with pytest.raises(InputError, match=sentence) as caught:
         read_record(RECORDS / "tiny")
     assert "\n" not in str(caught.value)
