@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from pixnerd.cost import saved_activation_bytes
 from pixnerd.fields import NeuralFieldHead
 from pixnerd.files import write_atomically
 from pixnerd.layers import RMSNorm
+from pixnerd.surroundings import surroundings
 from pixnerd.training import draw_step, loop, train
 
 OUT = Path("data/benchmarks/gpu_checks.json")
@@ -212,9 +212,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("These checks need a GPU, and torch finds none here.", file=sys.stderr)
         sys.exit(2)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    results: dict[str, Any] = {"commit": commit, **machine, "checks": {}}
+    results: dict[str, Any] = {**surroundings(), "cuda": torch.version.cuda, "checks": {}}
     for check in CHECKS:
         with tempfile.TemporaryDirectory() as folder:
             try:
