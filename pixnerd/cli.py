@@ -141,7 +141,7 @@ class Sample(Command):
         import torch
         from tqdm import tqdm
 
-        from .compiling import compile_to_sample
+        from .compiling import prepare_to_sample
         from .conditions import model_conditions
         from .distributed import default_device
         from .model_source import find_model, load_guide
@@ -154,7 +154,7 @@ class Sample(Command):
         conditions = model_conditions(model, source.config(model), device, source.class_names(model))
         subjects = conditions.asked_for(self.labels, self.prompts, f"{'run ' * bool(source.run)}{self.source}")
         guide = load_guide(self.sampling, device)
-        compile_to_sample(self.compile, model, guide, self.count, self.sampling)
+        prepare_to_sample(self.compile, model, guide, self.count, self.sampling)
         indices = (torch.arange(self.count) % len(subjects)).sort().values  # each image's subject
         batches = sample_batches(
             model,

@@ -19,6 +19,7 @@ from .model_config import (
     ModelConfig,
     Recompute,
     TextModelConfig,
+    can_fuse,
     check_fused,
     check_resolution,
     model_config,
@@ -214,9 +215,9 @@ class TrainConfig:
     """torch.compile for every block and the field; auto: only on a GPU, since a CPU takes up to a minute to compile"""
     recompute: Recompute = "head"
     """what the backward pass recomputes instead of storing"""
-    field_kernel: FieldKernel = "torch"
+    field_kernel: Literal["auto", FieldKernel] = "auto"
     """what computes the field's blocks: torch, operator by operator, or fused, one kernel with less traffic of memory
-    for NVIDIA GPUs; torch is the default until fused has been timed on one"""
+    for NVIDIA GPUs; auto: fused for a training run in bfloat16 on such a GPU, where it can compute it"""
     accumulate: Count = 1
     """number of parts in which a device processes its share of a batch; saves memory, changes only rounding"""
     shard: bool = False
@@ -318,6 +319,13 @@ class TrainConfig:
     def computes_in_bfloat16(self, device_type: str) -> bool:
         """Whether the network computes in bfloat16 on a device of this type."""
         return self.precision == "bfloat16" or (self.precision == "auto" and device_type == "cuda")
+
+    def kernel_on(self, device_type: str) -> FieldKernel:
+        """What computes the field's blocks on a device of this type."""
+        if self.field_kernel != "auto":
+            return self.field_kernel
+        timed = device_type == "cuda" and self.computes_in_bfloat16(device_type) and not self.shard
+        return "fused" if timed and self.distil != "meanflow" and can_fuse(self.model) else "torch"
 
     @property
     def aligned_block(self) -> int:

@@ -155,6 +155,16 @@ def check_triton() -> None:
         raise InputError("field_kernel is fused, and the package triton is not installed: use field_kernel torch")
 
 
+def can_fuse(config: ModelConfig) -> bool:
+    """Whether fused.py, and this installation, can compute this network's field blocks on a GPU."""
+    try:
+        check_fused(config)
+        check_triton()
+    except InputError:
+        return False
+    return True
+
+
 class Sizes(dict[str, ModelConfig]):
     """Named model sizes; an unknown name raises an InputError that lists the known ones."""
 

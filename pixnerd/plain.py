@@ -6,13 +6,19 @@ shared between patches; every tensor in an equation is computed explicitly.
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .model_config import ModelConfig
 
-Weights = dict[str, Tensor]  # a PixNerd's state_dict, or its named_parameters
+Weights = dict[str, Tensor]  # a PixNerd's state_dict, or its named_parameters, or a part of them
+
+
+def part(weights: Weights, name: str) -> Weights:
+    """The weights of one part, by their names in it."""
+    return {key.removeprefix(f"{name}."): weight for key, weight in weights.items() if key.startswith(f"{name}.")}
 
 
 def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
@@ -132,52 +138,66 @@ def rotate(x: Tensor, rows: int, columns: int) -> Tensor:
     return torch.view_as_real(turned).reshape(x.shape)
 
 
-def dit_block(weights: Weights, name: str, heads: int, x: Tensor, c: Tensor, grid: tuple[int, int]) -> Tensor:
+def dit_block(weights: Weights, heads: int, x: Tensor, c: Tensor, grid: tuple[int, int]) -> Tensor:
     batch, tokens, width = x.shape
 
     def split_heads(y: Tensor) -> Tensor:
         return y.reshape(batch, tokens, heads, width // heads).transpose(1, 2)
 
-    six = linear(weights, f"{name}.modulation", c)[:, None, :]
+    six = linear(weights, "modulation", c)[:, None, :]
     shift1, scale1, gate1, shift2, scale2, gate2 = six.chunk(6, dim=-1)
-    y = rms_norm(x, weights[f"{name}.norm1.weight"]) * (1 + scale1) + shift1
-    q, k, v = linear(weights, f"{name}.attn.qkv", y).chunk(3, dim=-1)
-    q = rotate(rms_norm(split_heads(q), weights[f"{name}.attn.q_norm.weight"]), *grid)
-    k = rotate(rms_norm(split_heads(k), weights[f"{name}.attn.k_norm.weight"]), *grid)
+    y = rms_norm(x, weights["norm1.weight"]) * (1 + scale1) + shift1
+    q, k, v = linear(weights, "attn.qkv", y).chunk(3, dim=-1)
+    q = rotate(rms_norm(split_heads(q), weights["attn.q_norm.weight"]), *grid)
+    k = rotate(rms_norm(split_heads(k), weights["attn.k_norm.weight"]), *grid)
     attention = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(width // heads), dim=-1)
     y = (attention @ split_heads(v)).transpose(1, 2).reshape(batch, tokens, width)
-    x = x + gate1 * linear(weights, f"{name}.attn.proj", y)
-    y = rms_norm(x, weights[f"{name}.norm2.weight"]) * (1 + scale2) + shift2
-    gate, value = linear(weights, f"{name}.mlp.gate_value", y).chunk(2, dim=-1)
-    return x + gate2 * linear(weights, f"{name}.mlp.out", silu(gate) * value)
+    x = x + gate1 * linear(weights, "attn.proj", y)
+    y = rms_norm(x, weights["norm2.weight"]) * (1 + scale2) + shift2
+    gate, value = linear(weights, "mlp.gate_value", y).chunk(2, dim=-1)
+    return x + gate2 * linear(weights, "mlp.out", silu(gate) * value)
 
 
 def field_head(weights: Weights, config: ModelConfig, pixels: Tensor, s: Tensor) -> Tensor:
-    """All patches at once: pixels [M, K, C], s [M, D] → [M, K, C], coordinates materialised for every patch."""
+    """All patches at once: the head's weights, pixels [M, K, C], s [M, D] → [M, K, C].
+
+    Coordinates are materialised for every patch.
+    """
     side, w, hidden = config.patch_size, config.field_width, config.field_ratio * config.field_width
     table = patch_coordinates(config.encoding, side, pixels.dtype, pixels.device)
     coordinates = table.repeat(len(pixels), 1, 1)
     seen = pixels if config.field_pixels else pixels[..., :0]
-    h = linear(weights, "head.embed", torch.cat((seen, coordinates), dim=-1))
+    h = linear(weights, "embed", torch.cat((seen, coordinates), dim=-1))
     for block in range(config.field_blocks):
         if config.field_weights == "shared":
-            h = h + shared_block(weights, f"head.blocks.{block}", h, s[:, None, :])
+            h = h + shared_block(weights, f"blocks.{block}", h, s[:, None, :])
             continue
-        flat = linear(weights, f"head.blocks.{block}.generator", s)
+        flat = linear(weights, f"blocks.{block}.generator", s)
         fc1 = flat[:, : w * hidden].reshape(-1, w, hidden)
         fc2 = flat[:, w * hidden :].reshape(-1, hidden, w)
         if config.weight_norm in ("fc1", "fc1+fc2"):
             fc1 = fc1 / torch.sqrt((fc1**2).sum(dim=1, keepdim=True))
         if config.weight_norm == "fc1+fc2":
             fc2 = fc2 / torch.sqrt((fc2**2).sum(dim=1, keepdim=True))
-        h = h + silu(rms_norm(h, weights[f"head.blocks.{block}.norm.weight"]) @ fc1) @ fc2
+        h = h + silu(rms_norm(h, weights[f"blocks.{block}.norm.weight"]) @ fc1) @ fc2
     if config.output_norm:
-        h = rms_norm(h, weights["head.norm.weight"])
-    return linear(weights, "head.out", h)
+        h = rms_norm(h, weights["norm.weight"])
+    return linear(weights, "out", h)
 
 
-def network(weights: Weights, config: ModelConfig, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-    """The velocity [B, C, H, W] of a class-conditional PixNerd with these weights."""
+def network(
+    weights: Weights,
+    config: ModelConfig,
+    x: Tensor,
+    t: Tensor,
+    labels: Tensor,
+    block: Callable[..., Tensor] = dit_block,
+    head: Callable[..., Tensor] = field_head,
+) -> Tensor:
+    """The velocity [B, C, H, W] of a class-conditional PixNerd with these weights.
+
+    `block` and `head` are `dit_block` and `field_head`, or what torch.compile made of them.
+    """
     batch, channels, height, width = x.shape
     side = config.patch_size
     rows, columns = height // side, width // side
@@ -185,14 +205,14 @@ def network(weights: Weights, config: ModelConfig, x: Tensor, t: Tensor, labels:
     tokens = linear(weights, "patch_embed", patches.reshape(batch, rows * columns, channels * side * side))
     time = time_vector(weights, t)
     c = silu(time + weights["label_embed.weight"][labels])
-    for block in range(config.blocks):
-        tokens = dit_block(weights, f"blocks.{block}", config.heads, tokens, c, (rows, columns))
+    for number in range(config.blocks):
+        tokens = block(part(weights, f"blocks.{number}"), config.heads, tokens, c, (rows, columns))
     s = silu(time[:, None, :] + tokens).reshape(batch * rows * columns, -1)
     if config.head == "linear":
         decoded = linear(weights, "head.out", s)
     else:
         pixels = patches.reshape(batch * rows * columns, channels, side * side).transpose(1, 2)
-        decoded = field_head(weights, config, pixels, s)
+        decoded = head(part(weights, "head"), config, pixels, s)
     decoded = decoded.reshape(batch, rows, columns, side, side, channels).permute(0, 5, 1, 3, 2, 4)
     out = decoded.reshape(batch, channels, height, width)
     if config.skip:

@@ -166,7 +166,7 @@ def plan_run(config: TrainConfig, gpus: int = 1, num_classes: int = 1000) -> Pla
     config.check_complete()
     check_split(config, gpus, "GPUs")
     with torch.device("meta"):
-        model = build_network(config.model, num_classes, config.recompute, config.field_kernel)
+        model = build_network(config.model, num_classes, config.recompute, config.kernel_on("cuda"))
     settings = {"dtype": activations_dtype(config), "decoded": max(config.image_sizes)}  # the largest has to fit
     size = config.model.image_size
     kept = {policy: cost.saved_activation_bytes(model, size, policy, **settings) / GIB for policy in POLICIES}

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from ..data import load
 from ..distributed import World, default_device
 from ..errors import InputError
 from ..model import PixNerd
-from ..model_config import ModelConfig, Recompute
+from ..model_config import FieldKernel, ModelConfig, Recompute
+from ..recorded import record_small_batches
 from ..runs import Run
 from ..training.batches import Batch, step_batches
 from ..training.loop import (
@@ -43,11 +45,15 @@ class PlainNetwork(PixNerd):
 
     def __init__(self, config: ModelConfig, num_classes: int, recompute: Recompute = "none"):
         super().__init__(config, num_classes, recompute)
-        self.compute = plain.network
+        self.parts = plain.dit_block, plain.field_head
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor, *_: None, **__: None) -> Tensor:
         """The velocity [B, C, H, W] at x for times t [B] and labels [B]."""
-        return self.compute(dict(self.named_parameters()), self.config, x, t, labels)
+        return plain.network(dict(self.named_parameters()), self.config, x, t, labels, *self.parts)
+
+    def compile_parts(self) -> None:
+        """torch.compile a block and the head, the parts that `compile_regions` compiles of the package's network."""
+        self.parts = tuple(torch.compile(compute, dynamic=False) for compute in (plain.dit_block, plain.field_head))
 
 
 @dataclass(frozen=True)
@@ -59,18 +65,26 @@ class Contestant:
     precision: Precision
     compiled: bool
     recompute: Recompute = "none"
+    kernel: FieldKernel = "torch"
+    recorded: bool = False
+    """sampling from a CUDA graph, see recorded.py"""
 
     def __str__(self) -> str:
         how = f"{self.precision}, {'compiled' if self.compiled else 'eager'}"
+        how += ", fused" * (self.kernel == "fused") + ", recorded" * self.recorded
         return f"{self.kind}, {how}{f', recompute {self.recompute}' * (self.recompute != 'none')}"
 
 
 def contestants(config: BenchConfig) -> list[Contestant]:
-    """All that a benchmark compares; only the package's field has something to recompute in its head."""
+    """All that a benchmark compares; only the package's field has something to recompute in its head.
+
+    The fused kernel recomputes the field anyway.
+    """
     found = []
+    ways = [way for way in itertools.product(config.recompute, config.kernels) if way != ("head", "fused")]
     for precision in config.precisions:
         for compiled in (value == "on" for value in config.compile):
-            found += [Contestant("package", precision, compiled, recompute) for recompute in config.recompute]
+            found += [Contestant("package", precision, compiled, *way) for way in ways]
             found += [Contestant(kind, precision, compiled) for kind in ("plain", "linear")]
     return found
 
@@ -130,13 +144,16 @@ class Bench:
         kind = PlainNetwork if contestant.kind == "plain" else PixNerd
         weights = self.weights[contestant.kind]
         with torch.device("meta"):
-            network = kind(weights.config, weights.num_classes, contestant.recompute)
+            kernel = (contestant.kernel,) if kind is PixNerd else ()
+            network = kind(weights.config, weights.num_classes, contestant.recompute, *kernel)
         network.load_state_dict(weights.state_dict(keep_vars=True), assign=True)
         if contestant.compiled if compiled is None else compiled:
             if contestant.kind == "plain":
-                network.compute = torch.compile(network.compute, dynamic=False)
+                network.compile_parts()
             else:
                 compile_regions(network)
+        if contestant.recorded:
+            record_small_batches(network)
         return network.train()
 
     def job(self, contestant: Contestant) -> Job:

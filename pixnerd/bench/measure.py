@@ -126,13 +126,20 @@ def count_contestants(bench: Bench, rates: dict[str, Roofs]) -> dict[Contestant,
 def measure_sampling(bench: Bench) -> list[dict[str, Any]]:
     """One evaluation while sampling, of one image and of a batch, unguided and guided, all in turns."""
     chosen = [c for c in contestants(bench.config) if c.recompute == bench.config.recompute[0] or c.kind != "package"]
-    networks = {contestant: bench.network(contestant).eval() for contestant in chosen}
+    recorded = [dataclasses.replace(c, recorded=True) for c in chosen if c.kind == "package"]
+    if bench.world.device.type != "cuda":
+        recorded = []
+    networks = {contestant: bench.network(contestant).eval() for contestant in chosen + recorded}
     ways = [(images, guided) for images in sorted({1, bench.config.batch_size}) for guided in (False, True)]
     rows = []
     for images, guided in ways:
-        actions = {c: bench.evaluation(c, network, images, guided) for c, network in networks.items()}
+        actions = {
+            c: bench.evaluation(c, network, images, guided)
+            for c, network in networks.items()
+            if images == 1 or not c.recorded  # larger batches are not
+        }
         readings = take_turns(actions, bench.config.rounds)
-        for contestant in networks:
+        for contestant in actions:
             row = row_of(contestant, readings[contestant], reference(readings, contestant), images)
             rows.append({"images": images, "guided": guided, **row})
     return rows

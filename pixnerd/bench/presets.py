@@ -9,7 +9,7 @@ from ..checks import Count, Positive, check_fields
 from ..config import TrainConfig
 from ..data import NAMES
 from ..errors import InputError
-from ..model_config import SIZES, ModelConfig, Recompute, TextModelConfig
+from ..model_config import SIZES, FieldKernel, ModelConfig, Recompute, TextModelConfig, check_fused
 from ..recipes import RECIPES
 
 Precision = Literal["float32", "bfloat16"]
@@ -33,6 +33,8 @@ class BenchConfig:
     """every network as it is, compiled, or both"""
     recompute: tuple[Recompute, ...] = ("none", "head", "all")
     """the ways in which the package saves memory; the first is the one that sampling and parts are measured with"""
+    kernels: tuple[FieldKernel, ...] = ("torch",)
+    """what computes the package's field blocks; fused needs a GPU, and goes without recomputing the head alone"""
     rounds: Count = 15
     """measurements of each contestant, after three that warm up"""
     factors: tuple[Positive, ...] = (0.5, 1.0, 2.0)
@@ -42,11 +44,13 @@ class BenchConfig:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("precisions", "compile", "recompute"):
+        for name in ("precisions", "compile", "recompute", "kernels"):
             if not getattr(self, name):
                 raise InputError(f"{name} is empty; name at least one to measure")
         if isinstance(self.model, TextModelConfig) or isinstance(RECIPES[self.recipe].model, TextModelConfig):
             raise InputError("the benchmark is of class-conditional networks; this one reads captions")
+        if "fused" in self.kernels:
+            check_fused(self.model)
         if self.model.student:
             raise InputError("model.student is True; the benchmark is of velocity networks: leave it out")
 
@@ -77,6 +81,7 @@ class Presets(dict[str, BenchConfig]):
 
 TINY = ModelConfig(width=16, heads=2, blocks=1, patch_size=4, image_size=16, field_width=4, field_blocks=1)
 L_SHORT = replace(SIZES["L/16"], blocks=4)
+GPU = {"precisions": ("bfloat16",), "kernels": ("fused", "torch")}
 PRESETS = Presets(
     {
         # a rehearsal of seconds, whose figures say nothing
@@ -87,9 +92,9 @@ PRESETS = Presets(
         ),
         "l-short": BenchConfig(L_SHORT, batch_size=1, recompute=("none", "head"), rounds=7),
         # for a GPU, with 32 images and with as many as fit
-        "l16": BenchConfig(SIZES["L/16"], precisions=("bfloat16",)),
-        "l16-largest": BenchConfig(SIZES["L/16"], precisions=("bfloat16",), largest=True),
-        "xl16": BenchConfig(SIZES["XL/16"], precisions=("bfloat16",)),
-        "xl16-largest": BenchConfig(SIZES["XL/16"], precisions=("bfloat16",), largest=True),
+        "l16": BenchConfig(SIZES["L/16"], **GPU),
+        "l16-largest": BenchConfig(SIZES["L/16"], **GPU, largest=True),
+        "xl16": BenchConfig(SIZES["XL/16"], **GPU),
+        "xl16-largest": BenchConfig(SIZES["XL/16"], **GPU, largest=True),
     }
 )

@@ -9,7 +9,7 @@ import torch
 from .. import cost, flow
 from ..errors import InputError
 from ..model import PixNerd
-from ..model_config import ModelConfig
+from ..model_config import FieldKernel, ModelConfig, Recompute
 from .clock import exponent, median_and_quartiles, take_turns
 from .counts import Roofs, count_operators
 from .presets import BenchConfig
@@ -43,10 +43,10 @@ def points(config: BenchConfig) -> dict[str, dict[int, Point]]:
 
 
 def gradient_action(
-    point: Point, num_classes: int, device: torch.device, precision: str, recompute: str
+    point: Point, num_classes: int, device: torch.device, precision: str, recompute: Recompute, kernel: FieldKernel
 ) -> Callable[[], None]:
     """Forward and backward pass of a package's network on random images."""
-    model = PixNerd(point.model, num_classes, recompute).to(device).train()
+    model = PixNerd(point.model, num_classes, recompute, kernel).to(device).train()
     shape = point.batch_size, point.model.channels, point.model.image_size, point.model.image_size
     image, noise = torch.randn(2, *shape, device=device)
     t, labels = torch.rand(point.batch_size, device=device), torch.zeros(point.batch_size, dtype=torch.long).to(device)
@@ -75,13 +75,13 @@ def measure_scaling(config: BenchConfig, num_classes: int, device: torch.device,
 
     A value that does not fit the device's memory is left out, and an axis of which fewer than two are left.
     """
-    precision, recompute, found = config.precisions[0], config.recompute[0], {}
+    precision, recompute, kernel, found = config.precisions[0], config.recompute[0], config.kernels[0], {}
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     for axis, values in points(config).items():
         actions = {
             value: action
             for value, point in values.items()
-            if (action := fitting_action(point, num_classes, device, precision, recompute))
+            if (action := fitting_action(point, num_classes, device, precision, recompute, kernel))
         }
         if len(actions) < 2:
             continue
@@ -90,7 +90,7 @@ def measure_scaling(config: BenchConfig, num_classes: int, device: torch.device,
         for value, action in actions.items():
             point, counts = values[value], count_operators(action, roofs)
             with torch.device("meta"):
-                model = PixNerd(point.model, num_classes, recompute)
+                model = PixNerd(point.model, num_classes, recompute, kernel)
             kept = point.batch_size * cost.saved_activation_bytes(model, point.model.image_size, recompute, dtype)
             seconds = median_and_quartiles([reading.wall for reading in readings[value]])
             processor = median_and_quartiles([reading.processor for reading in readings[value]])

@@ -6,11 +6,12 @@ from typing import Any
 
 Table = list[list[str]]
 MIB = 2**20
+CONTESTANT = ["network", "precision", "compiled", "recompute", "kernel"]
 
 
 def training_table(record: dict[str, Any]) -> Table:
     """A training step of each contestant: time, beside the plain network's in the same precision; memory; roofs."""
-    titles = ["network", "precision", "compiled", "recompute", "ms", "of plain", "quartiles", "processor, of plain"]
+    titles = [*CONTESTANT, "ms", "of plain", "quartiles", "processor, of plain"]
     first = next(row for row in record["training"] if row["kind"] == "plain")
     titles += [
         f"of plain, {first['precision']}",
@@ -34,7 +35,7 @@ def training_table(record: dict[str, Any]) -> Table:
 
 def sampling_table(record: dict[str, Any]) -> Table:
     """An evaluation of each contestant, by number of images, guided or not."""
-    titles = ["images", "guided", "network", "precision", "compiled", "recompute", "ms", "of plain", "quartiles"]
+    titles = ["images", "guided", *CONTESTANT, "ms", "of plain", "quartiles"]
     rows = [[*titles, "processor, of plain", "images/s"]]
     for row in record["sampling"]:
         first = [str(row["images"]), "yes" if row["guided"] else "no"]
@@ -99,7 +100,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], Table]] = {
 
 
 def _contestant(row: dict[str, Any]) -> list[str]:
-    return [row["kind"], row["precision"], "yes" if row["compiled"] else "no", row["recompute"]]
+    kernel = row["kernel"] + ", recorded" * row["recorded"]
+    return [row["kind"], row["precision"], "yes" if row["compiled"] else "no", row["recompute"], kernel]
 
 
 def _ratio_cells(row: dict[str, Any]) -> list[str]:

@@ -250,7 +250,7 @@ def build_models(job: Job) -> dict[str, PatchDenoiser]:
     for name in ("model", *config.average_decays(1)):
         with torch.random.fork_rng():
             torch.manual_seed(derived_seed(config.seed, Purpose.INITIAL_WEIGHTS))
-            settings = job.conditions.num_classes, config.recompute, config.field_kernel
+            settings = job.conditions.num_classes, config.recompute, config.kernel_on(world.device.type)
             models[name] = build_network(config.model, *settings).to(world.device)
     if job.start is not None:
         with world.together():

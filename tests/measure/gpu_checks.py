@@ -1,6 +1,6 @@
 """On a GPU, for real: what the tests show with fake tensors and several processes of a CPU.
 
-python -m tests.measure.gpu_checks
+python -m tests.measure.gpu_checks [CHECK …]
 
 Writes data/benchmarks/gpu_checks.json; ends with 1 if a check failed, and with 2 where there is no GPU.
 """
@@ -21,14 +21,25 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.autograd.graph import saved_tensors_hooks
 
-from pixnerd import SIZES, PixNerd, flow
+from pixnerd import SIZES, PixNerd, flow, sample
+from pixnerd.compiling import compile_regions
+from pixnerd.conditions import training_conditions
 from pixnerd.config import TrainConfig
-from pixnerd.cost import saved_activation_bytes
+from pixnerd.cost import clock, saved_activation_bytes
+from pixnerd.data import load
+from pixnerd.distributed import World
+from pixnerd.encodings import coordinate_table
 from pixnerd.fields import NeuralFieldHead
 from pixnerd.files import write_atomically
-from pixnerd.layers import RMSNorm
+from pixnerd.layers import RMSNorm, rotary_table
+from pixnerd.planning import CARDS, POLICIES, plan_run
+from pixnerd.recorded import record_small_batches
+from pixnerd.runs import Run
 from pixnerd.surroundings import surroundings
+from pixnerd.text import TEXT_SIZES, build_network
 from pixnerd.training import draw_step, loop, train
+from pixnerd.training.batches import step_batches
+from pixnerd.training.losses import VelocityLoss
 
 OUT = Path("data/benchmarks/gpu_checks.json")
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -205,7 +216,102 @@ def fused_field(folder: Path) -> dict[str, Any]:
     }
 
 
-CHECKS = (norms, drawing_without_waiting, step_without_waiting, resuming, compiled_graphs, memory, fused_field)
+def recorded_sampling(folder: Path) -> dict[str, Any]:
+    """Samples from recordings are those of the network bit for bit; milliseconds a pass of one image of XL/16."""
+    different, times = [], {}
+    labels = PixNerd(SIZES["small/8"], 10), torch.arange(3)
+    text = build_network(TEXT_SIZES["text-nano/8"], None), torch.randn(3, 16, 384)
+    student = PixNerd(dataclasses.replace(SIZES["small/8"], student=True), 10), torch.arange(3)
+    nothing = torch.zeros(16, 384)
+    for name, (model, condition), options in (
+        ("labels", labels, {"guidance": 2.0}),
+        ("text", text, {"guidance": 2.0, "unconditional": nothing}),
+        ("student", student, {"solver": "map", "guidance": 1.0}),
+    ):
+        randomise(model.to(GPU).eval())
+        for base, size in ((None, (32, 32)), ((32, 32), (64, 64))):
+            options |= {"steps": 8, "size": size, "base_resolution": base}
+            with torch.autocast("cuda", torch.bfloat16):
+                expected = sample(model, condition, **options)
+            record_small_batches(model)
+            for table in (rotary_table, coordinate_table):
+                table.cache_clear()
+            with torch.autocast("cuda", torch.bfloat16):
+                found = [sample(model, condition, **options) for _ in range(2)]
+            if not model.forward.recordings or not all(one.equal(expected) for one in found):
+                different.append(f"{name}, {size}")
+            del model.forward  # the class's own again
+    model = PixNerd(SIZES["XL/16"], 10).to(GPU).eval()
+    for way in ("eager", "recorded", "compiled", "compiled and recorded"):
+        if way == "compiled":
+            del model.forward
+            compile_regions(model, any_batch=True)
+        if "recorded" in way:
+            record_small_batches(model)
+        for images in (1, 2, 4, 8, 16):
+            x, t = torch.randn(images, 3, 256, 256, device=GPU), torch.rand(images, device=GPU)
+            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+                for _ in range(5):
+                    model(x, t, model.example_condition(images))
+                spent = [-clock() + (model(x, t, model.example_condition(images)), clock())[1] for _ in range(20)]
+            times[f"{way}, {images}"] = 1e3 * statistics.median(spent)
+    return {"passed": not different, "different": different, "milliseconds": times}
+
+
+def randomise(model: nn.Module) -> None:
+    """Give random values to weights that are zero at the start, which would hide what they multiply."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+
+
+def step_on_card(config: TrainConfig, folder: Path) -> None:
+    """Two whole training steps of random images in the training loop's own way, without compiling."""
+    world, dataset = World(0, 1, GPU), load("synthetic", config.model.image_size)
+    conditions = training_conditions(config, dataset, GPU)
+    job = loop.Job(config, Run(folder), {}, conditions, VelocityLoss(config), [], world)
+    state = loop.build_state(job, None)
+    batches = step_batches(config, {config.model.image_size: dataset}, conditions, 0, world)
+    for _ in range(2):
+        loop.compute_gradients(job, state, next(batches))
+        loop.update_weights(job, state)
+
+
+def cards(folder: Path) -> dict[str, Any]:
+    """The most images of L/16 that the plan says fit a card fit in its memory; GiB predicted, and taken at most."""
+    rows, whole = [], torch.cuda.get_device_properties(0).total_memory
+    for sold, card in CARDS.items():
+        for policy in POLICIES:
+            config = TrainConfig(data="synthetic", model=SIZES["L/16"], compile="off", recompute=policy, workers=0)
+            plan = plan_run(config, num_classes=10)
+            images = min(plan.most_images(policy, card), 512)  # more take long
+            if images and card * 2**30 < whole:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.set_per_process_memory_fraction(card * 2**30 / whole)
+                try:
+                    step_on_card(dataclasses.replace(config, batch_size=images), folder)
+                    taken = torch.cuda.max_memory_reserved() / 2**30
+                except torch.OutOfMemoryError:
+                    taken = None
+                finally:
+                    torch.cuda.set_per_process_memory_fraction(1.0)
+                predicted, most = plan.fit(images=images).total, torch.cuda.max_memory_allocated() / 2**30
+                rows.append([sold, policy, images, predicted, most, taken])
+    return {"passed": all(row[-1] is not None for row in rows), "card, policy, images, predicted, most, reserved": rows}
+
+
+CHECKS = (
+    norms,
+    drawing_without_waiting,
+    step_without_waiting,
+    resuming,
+    compiled_graphs,
+    memory,
+    fused_field,
+    recorded_sampling,
+    cards,
+)
 
 
 def main() -> None:
@@ -213,7 +319,7 @@ def main() -> None:
         print("These checks need a GPU, and torch finds none here.", file=sys.stderr)
         sys.exit(2)
     results: dict[str, Any] = {**surroundings(), "cuda": torch.version.cuda, "checks": {}}
-    for check in CHECKS:
+    for check in [check for check in CHECKS if check.__name__ in sys.argv[1:]] or CHECKS:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 result = check(Path(folder))

@@ -1,0 +1,103 @@
+"""CUDA graphs: the kernels of a small batch, recorded once and from then on started by a single call.
+
+A network has well over a thousand kernels. For a few images a GPU is done with each before the processor has started
+the next, and waits. A recording starts them all at once; they are the same kernels, and the images are the same bit for
+bit.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cost import forward_flops
+from .encodings import coordinate_table
+from .layers import rotary_table
+from .model import PatchDenoiser
+
+SMALL = 4e12  # FLOP of a pass, about 10 ms of an H100: above, the processor is ahead of the GPU anyway
+FIRST = 3  # a shape that is met so often is recorded, since sampling in few steps is over before that pays
+MOST = 16  # recordings that a network keeps, each with its input and output
+
+
+class Recording(NamedTuple):
+    """The kernels of a pass, and the places in memory that they read and write."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+
+    def replay(self, *inputs: Tensor) -> Tensor:
+        """The output for other inputs of the same shapes."""
+        for place, value in zip(self.inputs, inputs, strict=True):
+            place.copy_(value)
+        self.graph.replay()
+        return self.output.clone()
+
+
+def record(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Recording:
+    """Record what `function` does with inputs of these shapes; weights are read where they lie, at each replay."""
+    places, graph = tuple(x.clone() for x in inputs), torch.cuda.CUDAGraph()
+    autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    # autocast would keep copies of weights from one call to the next, and drop them when its context ends
+    with torch.autocast("cuda", autocast[1], enabled=autocast[0], cache_enabled=False):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            function(*places)  # compiles and allocates whatever does so at first
+        torch.cuda.current_stream().wait_stream(aside)
+        _forget_tables()  # so that the recording makes its own: others may be dropped when new ones are made
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                output = function(*places)
+        finally:
+            _forget_tables()
+    return Recording(graph, places, output)
+
+
+def _forget_tables() -> None:
+    rotary_table.cache_clear()
+    coordinate_table.cache_clear()
+
+
+class RecordedForward:
+    """A network's forward pass, from recordings where that pays: small batches, without gradients."""
+
+    def __init__(self, model: PatchDenoiser):
+        self.forward, size = model.forward, model.config.image_size
+        self.most_values = SMALL / forward_flops(model, size) * model.config.channels * size**2  # of all images
+        self.met: Counter[Hashable] = Counter()
+        self.recordings: dict[Hashable, Recording] = {}
+
+    def __call__(
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Tensor,
+        base_resolution: tuple[int, int] | None = None,
+        tap: int | None = None,
+        r: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """See the network's own forward pass."""
+        if torch.is_grad_enabled() or tap is not None or x.numel() > self.most_values:
+            return self.forward(x, t, condition, base_resolution, tap, r)
+        inputs = (x, t, condition) if r is None else (x, t, condition, r)
+        shapes = tuple((y.shape, y.dtype) for y in inputs)
+        key = shapes, base_resolution, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        self.met[key] += 1
+        if key not in self.recordings:
+            if self.met[key] < FIRST or len(self.recordings) == MOST:
+                return self.forward(x, t, condition, base_resolution, r=r)
+
+            def compute(x: Tensor, t: Tensor, condition: Tensor, r: Tensor | None = None) -> Tensor:
+                return self.forward(x, t, condition, base_resolution, r=r)
+
+            self.recordings[key] = record(compute, inputs)
+        return self.recordings[key].replay(*inputs)
+
+
+def record_small_batches(model: PatchDenoiser) -> None:
+    """Have a network on a GPU record its passes without gradients of small batches, and replay them."""
+    model.forward = RecordedForward(model)
