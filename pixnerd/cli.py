@@ -134,6 +134,8 @@ class Sample(Command):
     compile: Compile = "auto"
     """torch.compile for the network; auto: on a GPU with at least 3e16 FLOP to do, five minutes of an A100, since
     compiling takes up to a minute"""
+    graphs: bool = False
+    """replay the kernels of small batches from CUDA graphs, which changes no image; off until timed on a GPU"""
     out: Path | None = None
     """folder for samples.png and samples.npz; by default the run's, or runs/NAME for weights without a run"""
 
@@ -141,10 +143,11 @@ class Sample(Command):
         import torch
         from tqdm import tqdm
 
-        from .compiling import prepare_to_sample
+        from .compiling import compile_to_sample
         from .conditions import model_conditions
         from .distributed import default_device
         from .model_source import find_model, load_guide
+        from .recorded import record_small_batches
         from .sampling import sample_batches
 
         source, device = find_model(self.source), default_device()
@@ -154,7 +157,10 @@ class Sample(Command):
         conditions = model_conditions(model, source.config(model), device, source.class_names(model))
         subjects = conditions.asked_for(self.labels, self.prompts, f"{'run ' * bool(source.run)}{self.source}")
         guide = load_guide(self.sampling, device)
-        prepare_to_sample(self.compile, model, guide, self.count, self.sampling)
+        if self.graphs:
+            for network in filter(None, (model, guide)):
+                record_small_batches(network)
+        compile_to_sample(self.compile, model, guide, self.count, self.sampling)
         indices = (torch.arange(self.count) % len(subjects)).sort().values  # each image's subject
         batches = sample_batches(
             model,

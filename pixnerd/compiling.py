@@ -1,4 +1,4 @@
-"""torch.compile: which parts of a network it compiles, and when that pays; and what else makes sampling faster."""
+"""torch.compile: which parts of a network it compiles, and when that pays."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,6 @@ from .cost import forward_flops
 from .errors import InputError
 from .fields import NeuralFieldHead
 from .model import PatchDenoiser
-from .recorded import record_small_batches
 from .sampling import network_passes
 
 WORTH_COMPILING = 3e16  # FLOP of sampling, five minutes of an A100 at 1e14 FLOP/s; compiling takes up to one
@@ -49,12 +48,10 @@ def pays(setting: Compile, device_type: str, flops: Callable[[], float]) -> bool
     return setting == "on" or (setting == "auto" and device_type == "cuda" and flops() >= WORTH_COMPILING)
 
 
-def prepare_to_sample(
+def compile_to_sample(
     setting: Compile, model: PatchDenoiser, guide: PatchDenoiser | None, images: int, config: SamplingConfig
 ) -> None:
     """Compile a model that will sample so many images, and its guide, if it has one, where the setting says so.
-
-    Unless it is "off", a GPU also records the kernels of small batches, see recorded.py.
 
     Raises:
         InputError: torch.compile does not work on this machine.
@@ -69,7 +66,3 @@ def prepare_to_sample(
         for network in (model, guide):
             if network is not None:
                 compile_regions(network, any_batch=True)
-    if device.type == "cuda" and setting != "off":
-        for network in (model, guide):
-            if network is not None:
-                record_small_batches(network)

@@ -217,7 +217,7 @@ class TrainConfig:
     """what the backward pass recomputes instead of storing"""
     field_kernel: Literal["auto", FieldKernel] = "auto"
     """what computes the field's blocks: torch, operator by operator, or fused, one kernel with less traffic of memory
-    for NVIDIA GPUs; auto: fused for a training run in bfloat16 on such a GPU, where it can compute it"""
+    for NVIDIA GPUs; auto: fused where that is faster, in bfloat16 on an H100 or H200, unless weights are sharded"""
     accumulate: Count = 1
     """number of parts in which a device processes its share of a batch; saves memory, changes only rounding"""
     shard: bool = False
@@ -320,11 +320,15 @@ class TrainConfig:
         """Whether the network computes in bfloat16 on a device of this type."""
         return self.precision == "bfloat16" or (self.precision == "auto" and device_type == "cuda")
 
-    def kernel_on(self, device_type: str) -> FieldKernel:
-        """What computes the field's blocks on a device of this type."""
+    def kernel_on(self, capability: int) -> FieldKernel:
+        """What computes the field's blocks on an NVIDIA GPU of this compute capability, 9 for Hopper; 0: elsewhere.
+
+        The fused kernel has been timed on Hopper alone. Compiled for other GPUs its backward pass moves kilobytes of a
+        thread's numbers out of registers (`python -m tests.measure.field_traffic`).
+        """
         if self.field_kernel != "auto":
             return self.field_kernel
-        timed = device_type == "cuda" and self.computes_in_bfloat16(device_type) and not self.shard
+        timed = capability == 9 and self.computes_in_bfloat16("cuda") and not self.shard
         return "fused" if timed and self.distil != "meanflow" and can_fuse(self.model) else "torch"
 
     @property

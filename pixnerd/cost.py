@@ -54,7 +54,8 @@ def step_flops(model: PatchDenoiser, size: int, recompute: Recompute | None = No
     head = sum(counts[f"{name}.head"].values()) if f"{name}.head" in counts else 0
     head -= sum(sum(c.values()) for module, c in counts.items() if module.endswith(".generator"))  # its output is kept
     blocks = sum(sum(counts[f"{name}.blocks.{number}"].values()) for number in range(model.config.blocks))
-    again = {"none": 0, "head": head, "all": head + blocks}[recompute or model.recompute]
+    recompute = recompute or model.recompute
+    again = head * model.recomputes_head(recompute) + blocks * (recompute == "all")
     return 3 * counter.get_total_flops() + again
 
 

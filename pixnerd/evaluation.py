@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from . import data, frozen
 from .checkpoints import load_newest
-from .compiling import prepare_to_sample
+from .compiling import compile_to_sample
 from .conditions import Conditions, Subject, model_conditions
 from .config import EvaluationConfig
 from .distributed import World, join
@@ -205,7 +205,7 @@ class Samples:
         self.conditions: Conditions = model_conditions(self.model, run_config, world.device)
         self.guide = load_guide(config.sampling, world.device)
         each = -(-config.draw // world.size)  # images of a process
-        prepare_to_sample(config.compile, model, self.guide, each, config.sampling)
+        compile_to_sample(config.compile, model, self.guide, each, config.sampling)
         if run and self.conditions.subject == "class" and self.reference == run_config.data and run.classes():
             run.check_classes(data.open_data_set(self.reference, self.image_size).classes)
         self.subjects: Sequence[Subject] = self.conditions.subjects(self.reference, self.image_size)

@@ -57,7 +57,7 @@ class PatchDenoiser(nn.Module):
     `recompute` is what the backward pass computes again instead of keeping all activations: "none", the pixels of the
     "head", or "all", the head and every block. It changes memory and time, never the numbers. `field_kernel` is what
     computes the field's blocks: "torch", operator by operator, or "fused", one kernel of a GPU (fused.py) that rounds
-    less often.
+    less often. The fused kernel computes the pixels again by itself, so with it "head" and "none" are the same.
     """
 
     num_classes: int | None = None
@@ -70,7 +70,7 @@ class PatchDenoiser(nn.Module):
         if field_kernel == "fused":
             check_fused(config)
             check_triton()
-        self.config, self.recompute = config, recompute
+        self.config, self.recompute, self.field_kernel = config, recompute, field_kernel
         width, patch_size, channels = config.width, config.patch_size, config.channels
         self.patch_embed = nn.Linear(channels * patch_size**2, width)
         self.time_embed = TimeEmbedding(width)
@@ -138,12 +138,16 @@ class PatchDenoiser(nn.Module):
         s = F.silu(end[:, None] + tokens).flatten(0, 1)  # [B·N, D]
         pixels = rearrange(x, "b c (h p) (w q) -> (b h w) (p q) c", h=rows, w=columns)  # [B·N, K, C]
         patch = x.shape[2] // rows, x.shape[3] // columns
-        pixels = self.head(pixels, s, patch, self.training and self.recompute != "none")
+        pixels = self.head(pixels, s, patch, self.training and self.recomputes_head(self.recompute))
         out = rearrange(pixels, "(b h w) (p q) c -> b c (h p) (w q)", h=rows, w=columns, p=patch[0])
         if self.skip is not None:
             out = self.skip(out, x, time)
         v = out if self.config.prediction == "v" else velocity_from_image(out, x, t)
         return v if tap is None else (v, tapped)
+
+    def recomputes_head(self, recompute: Recompute) -> bool:
+        """Whether the backward pass computes the head again in pieces, with this setting."""
+        return recompute == "all" or (recompute == "head" and self.field_kernel == "torch")
 
     def check(
         self,

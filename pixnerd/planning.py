@@ -93,6 +93,8 @@ class Plan:
     frozen: Frozen
     kept: dict[str, float]
     """GiB an image, by policy of recomputation"""
+    head: float
+    """GiB an image of them that are not kept when the head is computed again in pieces"""
 
     def fit(self, recompute: Recompute | None = None, accumulate: int | None = None, images: int | None = None) -> Fit:
         """The memory of one GPU; by default with the run's own settings, and with its share of the run's batch."""
@@ -105,10 +107,11 @@ class Plan:
             state += 2 * sum(p.numel() for p in self.model.parameters()) / GIB
         images = images or config.batch_size // (self.gpus * accumulate)
         tokens = (config.model.image_size // config.model.patch_size) ** 2
-        piece = (self.kept["none"] - self.kept["head"]) * min(images, PATCHES_PER_PIECE / tokens)
+        piece = self.head * min(images, PATCHES_PER_PIECE / tokens)
         piece += images * cost.generated_bytes(config.model, activations_dtype(config)) / GIB  # all pieces' gradients
-        block = (self.kept["head"] - self.kept["all"]) * images / config.model.blocks
-        passing = {"none": 0.0, "head": piece, "all": max(piece, block)}[recompute]
+        block = (self.kept["none"] - self.head - self.kept["all"]) * images / config.model.blocks
+        pieces = piece if self.model.recomputes_head(recompute) else 0.0
+        passing = max(pieces, block) if recompute == "all" else pieces
         kept = (self.kept[recompute] + self.frozen.kept / GIB) * images
         return Fit(recompute, accumulate, images, state + self.frozen.bytes / GIB, kept, passing)
 
@@ -166,12 +169,15 @@ def plan_run(config: TrainConfig, gpus: int = 1, num_classes: int = 1000) -> Pla
     config.check_complete()
     check_split(config, gpus, "GPUs")
     with torch.device("meta"):
-        model = build_network(config.model, num_classes, config.recompute, config.kernel_on("cuda"))
+        model = build_network(config.model, num_classes, config.recompute, config.kernel_on(0))  # of any card
     settings = {"dtype": activations_dtype(config), "decoded": max(config.image_sizes)}  # the largest has to fit
     size = config.model.image_size
     kept = {policy: cost.saved_activation_bytes(model, size, policy, **settings) / GIB for policy in POLICIES}
+    with torch.device("meta"):
+        pieces = build_network(config.model, num_classes)  # the fused kernel keeps what these keep, and its own input
+    head = kept["none"] - cost.saved_activation_bytes(pieces, size, "head", **settings) / GIB
     others = teacher_cost(config) + encoder_cost(config) + distillation_cost(config, model)
-    return Plan(config, gpus, model, others, kept)
+    return Plan(config, gpus, model, others, kept, head)
 
 
 def activations_dtype(config: TrainConfig) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 A network has well over a thousand kernels. For a few images a GPU is done with each before the processor has started
 the next, and waits. A recording starts them all at once; they are the same kernels, and the images are the same bit for
-bit.
+bit. No GPU has run this yet: tests.measure.gpu_checks compares and times it (`recorded_sampling`).
 """
 
 from collections import Counter
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from .cost import forward_flops
 from .encodings import coordinate_table
+from .errors import InputError
 from .layers import rotary_table
 from .model import PatchDenoiser
 
-SMALL = 4e12  # FLOP of a pass, about 10 ms of an H100: above, the processor is ahead of the GPU anyway
+SMALL = 4e12  # FLOP of a pass, some 10 ms of an H100, an estimate: above, the processor is ahead of the GPU anyway
 FIRST = 3  # a shape that is met so often is recorded, since sampling in few steps is over before that pays
 MOST = 16  # recordings that a network keeps, each with its input and output
 
@@ -99,5 +100,12 @@ class RecordedForward:
 
 
 def record_small_batches(model: PatchDenoiser) -> None:
-    """Have a network on a GPU record its passes without gradients of small batches, and replay them."""
+    """Have a network record its passes without gradients of small batches, and replay them.
+
+    Raises:
+        InputError: the network is not on an NVIDIA GPU.
+    """
+    device = model.patch_embed.weight.device
+    if device.type != "cuda":
+        raise InputError(f"CUDA graphs are asked for and the network is on {device.type}; they need an NVIDIA GPU")
     model.forward = RecordedForward(model)

@@ -33,6 +33,7 @@ def fake_gpu(dtype: torch.dtype = torch.bfloat16) -> Iterator[None]:
         with (
             mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
             mock.patch("torch.cuda.is_bf16_supported", return_value=True),
+            mock.patch("torch.cuda.get_device_capability", return_value=(8, 0)),
             mock.patch.object(nn.Module, "to", moved),
             FakeTensorMode(allow_non_fake_inputs=True),
             FusedAttention(),

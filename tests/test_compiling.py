@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from pixnerd import PixNerd, compiling, evaluation, sample
 from pixnerd.checkpoints import save_model
 from pixnerd.cli import main
-from pixnerd.compiling import WORTH_COMPILING, pays, prepare_to_sample
+from pixnerd.compiling import WORTH_COMPILING, compile_to_sample, pays
 from pixnerd.config import EvaluationConfig, SamplingConfig
 from pixnerd.distributed import World
 from pixnerd.explore.demo import Request, open_run, states
@@ -63,7 +63,7 @@ def test_the_work_is_that_of_all_passes_for_all_images(monkeypatch):
     seen = []
     monkeypatch.setattr(compiling, "pays", lambda setting, device, flops: seen.append((setting, device, flops())))
     model = PixNerd(MODEL, 10)
-    prepare_to_sample("auto", model, None, 3, CONFIG)
+    compile_to_sample("auto", model, None, 3, CONFIG)
     assert seen == [("auto", "cpu", 15 * compiling.forward_flops(model, 16))]
 
 
@@ -72,7 +72,7 @@ def test_four_graphs_serve_every_batch(compiled):
     model = randomised(PixNerd(MODEL, 10)).eval()
     labels = torch.arange(11) % 10
     expected = torch.cat(list(sample_batches(model, labels, CONFIG, batch_size=4)))
-    prepare_to_sample("on", model, None, 11, CONFIG)
+    compile_to_sample("on", model, None, 11, CONFIG)
     found = torch.cat(list(sample_batches(model, labels, CONFIG, batch_size=4)))  # 4, 4 and 3 images
     assert compiled.frame_count == counters["stats"]["unique_graphs"] == 4
     assert not counters["graph_break"]
@@ -87,7 +87,7 @@ def test_a_guide_is_compiled_too(compiled):
     model, guide = (randomised(PixNerd(MODEL, 10)).eval() for _ in range(2))
     config = SamplingConfig(steps=2, interval=None, guide="another")
     expected = sample(model, [1, 2], config, weaker=guide)
-    prepare_to_sample("on", model, guide, 2, config)
+    compile_to_sample("on", model, guide, 2, config)
     assert guide.head.decode is not type(guide.head).decode
     torch.testing.assert_close(sample(model, [1, 2], config, weaker=guide), expected, rtol=0, atol=1e-5)
     assert all(block._compiled_call_impl is not None for network in (model, guide) for block in network.blocks)

@@ -77,6 +77,40 @@ def test_a_machine_without_triton_is_told(monkeypatch):
     TrainConfig(model=TINY, field_kernel="fused")  # such a machine still reads the run of another
 
 
+@pytest.mark.parametrize(
+    ("changes", "capability", "kernel"),
+    [
+        ({}, 9, "fused"),
+        ({}, 8, "torch"),
+        ({}, 12, "torch"),
+        ({}, 0, "torch"),
+        ({"field_kernel": "torch"}, 9, "torch"),
+        ({"field_kernel": "fused"}, 8, "fused"),
+        ({"precision": "float32"}, 9, "torch"),
+        ({"shard": True}, 9, "torch"),
+        ({"model": dataclasses.replace(TINY, head="linear")}, 9, "torch"),
+        ({"distil": "meanflow", "teacher": "runs/x", "sampling": STUDENT_SAMPLING}, 9, "torch"),
+    ],
+)
+def test_the_kernel_is_chosen_where_it_was_timed(changes, capability, kernel):
+    config = dataclasses.replace(TrainConfig(data="synthetic", model=TINY), **changes)
+    assert config.kernel_on(capability) == kernel
+
+
+def test_without_triton_it_is_not_chosen(monkeypatch):
+    monkeypatch.setattr(model_config, "find_spec", lambda name: None)
+    assert TrainConfig(data="synthetic", model=TINY).kernel_on(9) == "torch"
+
+
+def test_a_network_with_the_kernel_does_not_compute_its_head_in_pieces():
+    with torch.device("meta"):
+        networks = [build_network(TINY, 5, "head", kernel) for kernel in ("torch", "fused")]
+    assert [[n.recomputes_head(how) for how in ("none", "head", "all")] for n in networks] == [
+        [False, True, True],
+        [False, False, True],
+    ]
+
+
 def test_its_arithmetic_is_counted():
     with torch.device("meta"):
         networks = [build_network(TINY, 5, "head", kernel) for kernel in ("torch", "fused")]
@@ -84,13 +118,14 @@ def test_its_arithmetic_is_counted():
     assert one == other > 0
 
 
-@pytest.mark.parametrize(("size", "none", "head"), [("L/16", 334.0, 302.2), ("XL/16", 459.3, 411.4)])
-def test_published_sizes_keep_little_more_than_with_recomputation(size, none, head):
-    """MiB per image at 256 pixels in bfloat16."""
+@pytest.mark.parametrize(("size", "fused", "torch_head"), [("L/16", 334.0, 302.2), ("XL/16", 459.3, 411.4)])
+def test_published_sizes_keep_little_more_than_with_recomputation(size, fused, torch_head):
+    """MiB per image at 256 pixels in bfloat16; with the kernel, which recomputes the head, "head" adds nothing."""
     with torch.device("meta"):
-        model = build_network(SIZES[size], 1000, "none", "fused")
-    kept = [saved_activation_bytes(model, 256, how) / 2**20 for how in ("none", "head")]
-    assert kept == pytest.approx([none, head], abs=0.1)
+        networks = [build_network(SIZES[size], 1000, "none", kernel) for kernel in ("fused", "torch")]
+    kept = [saved_activation_bytes(networks[0], 256, how) / 2**20 for how in ("none", "head")]
+    kept.append(saved_activation_bytes(networks[1], 256, "head") / 2**20)
+    assert kept == pytest.approx([fused, fused, torch_head], abs=0.1)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from ..compiling import prepare_to_sample
+from ..compiling import compile_to_sample
 from ..conditions import Conditions, Subject, model_conditions
 from ..config import Compile, SamplingConfig, TrainConfig
 from ..data import to_uint8
@@ -85,7 +85,7 @@ def open_run(path: str | Path, compile: Compile = "auto") -> Trained:
     source, device = find_model(path), default_device()
     model = source.load(device=device)
     config = source.config(model)
-    prepare_to_sample(compile, model, None, MOST_IMAGES, config.sampling)
+    compile_to_sample(compile, model, None, MOST_IMAGES, config.sampling)
     return Trained(config, model, model_conditions(model, config, device, source.class_names(model)))
 
 

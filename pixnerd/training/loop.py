@@ -118,6 +118,11 @@ def train(
     return _train(job, checkpoint, lock)
 
 
+def capability(device: torch.device) -> int:
+    """The major compute capability of an NVIDIA GPU; 0 for another device."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
 def check_gpu(device: torch.device) -> None:
     """Raise InputError unless the fused field's kernel runs on the device."""
     if device.type != "cuda":
@@ -250,7 +255,7 @@ def build_models(job: Job) -> dict[str, PatchDenoiser]:
     for name in ("model", *config.average_decays(1)):
         with torch.random.fork_rng():
             torch.manual_seed(derived_seed(config.seed, Purpose.INITIAL_WEIGHTS))
-            settings = job.conditions.num_classes, config.recompute, config.kernel_on(world.device.type)
+            settings = job.conditions.num_classes, config.recompute, config.kernel_on(capability(world.device))
             models[name] = build_network(config.model, *settings).to(world.device)
     if job.start is not None:
         with world.together():

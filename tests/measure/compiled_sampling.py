@@ -11,7 +11,7 @@ import torch
 
 from pixnerd import load, sample
 from pixnerd.bench.clock import median_and_quartiles, ratios, take_turns
-from pixnerd.compiling import prepare_to_sample
+from pixnerd.compiling import compile_to_sample
 from pixnerd.cost import clock
 from pixnerd.runs import Run
 
@@ -21,7 +21,7 @@ ROUNDS = 5
 def main(folder: str, images: int = 64) -> None:
     config, eager, compiled = Run(folder).config().sampling, load(folder), load(folder)
     labels = torch.arange(images) % eager.num_classes
-    prepare_to_sample("on", compiled, None, images, config)
+    compile_to_sample("on", compiled, None, images, config)
     begin = clock()
     difference = (sample(compiled, labels, config) - sample(eager, labels, config)).abs().max()
     first = clock() - begin

@@ -1,7 +1,7 @@
 """The memory traffic of the neural field: python -m tests.measure.field_traffic
 
 Bytes that the head's operators read and write in forward and backward pass of 32 images of 256 pixels in bfloat16,
-counted from shapes on a fake GPU; and the registers that the fused kernels take, as compiled for an H100.
+counted from shapes on a fake GPU; and the registers that the fused kernels take, as compiled for some GPUs.
 """
 
 import re
@@ -105,10 +105,12 @@ def main() -> None:
             found = traffic(size, kernel, recompute)
             numbers = "".join(f"{x / 1e9:9.1f}{1000 * x / SPEED:7.1f}" for x in (found.all, found.products))
             print(f"{size:6} {kernel:6} {recompute:13}{numbers}", flush=True)
-    for name, configs in (("forward", fused.FORWARD), ("backward", fused.BACKWARD)):
-        for choice, config in enumerate(configs):
-            used = resources(compiled(name, choice))
-            print(f"{name} {config.kwargs['PIXELS']} pixels, {config.num_warps} warps: {used}", flush=True)
+    kernels = (("forward", fused.FORWARD), ("backward", fused.BACKWARD))
+    for gpu, capability in (("A100", 80), ("RTX 4090", 89), ("H100", 90)):
+        for name, configs in kernels:
+            for choice, config in enumerate(configs):
+                used = resources(compiled(name, choice, capability))
+                print(f"{gpu}: {name}, {config.kwargs['PIXELS']} pixels, {config.num_warps} warps: {used}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.autograd.graph import saved_tensors_hooks
 
-from pixnerd import SIZES, PixNerd, flow, sample
+from pixnerd import SIZES, PixNerd, fields, flow, sample
 from pixnerd.compiling import compile_regions
 from pixnerd.conditions import training_conditions
 from pixnerd.config import TrainConfig
@@ -216,6 +217,30 @@ def fused_field(folder: Path) -> dict[str, Any]:
     }
 
 
+def pieces(folder: Path) -> dict[str, Any]:
+    """What recomputing XL/16's head costs by the patches of a piece: ms by the clock, ms of the processor, peak GiB.
+
+    If the two times are alike, the GPU waits for the processor, which has every piece's kernels to start.
+    """
+    found = {}
+    for compiled, patches in itertools.product((False, True), (1024, 2048, 4096, 8192)):
+        torch._dynamo.reset()
+        with mock.patch.object(fields, "PATCHES_PER_PIECE", patches):
+            _, step = head_on_gpu("torch", True, compiled)
+            step()
+            torch.cuda.reset_peak_memory_stats()
+            spent = []
+            for _ in range(13):
+                begin = clock()
+                step()
+                started = time.perf_counter()
+                spent.append((clock() - begin, started - begin))
+        times = [1e3 * statistics.median(values) for values in zip(*spent[3:], strict=True)]
+        name = f"{patches} patches, {'compiled' if compiled else 'eager'}"
+        found[name] = [*times, torch.cuda.max_memory_allocated() / 2**30]
+    return {"passed": True, "milliseconds, of the processor, peak": found}
+
+
 def recorded_sampling(folder: Path) -> dict[str, Any]:
     """Samples from recordings are those of the network bit for bit; milliseconds a pass of one image of XL/16."""
     different, times = [], {}
@@ -309,6 +334,7 @@ CHECKS = (
     compiled_graphs,
     memory,
     fused_field,
+    pieces,
     recorded_sampling,
     cards,
 )
