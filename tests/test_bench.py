@@ -1,6 +1,7 @@
 """The benchmark: what it counts, that its contestants are equal, whose turn it is. Never how long anything takes."""
 
 import dataclasses
+import functools
 import json
 from collections import namedtuple
 from unittest import mock
@@ -8,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from pixnerd import InputError, PixNerd, flow
 from pixnerd.bench import clock, contestants, measure, scaling
@@ -374,7 +376,7 @@ def test_the_peak_is_what_a_step_needs_beyond_what_is_there(monkeypatch):
     assert measure.peak_bytes(lambda: memory.update(peak=130)) == 30
 
 
-@pytest.mark.parametrize("name", ["precisions", "compile", "recompute"])
+@pytest.mark.parametrize("name", ["precisions", "compile", "recompute", "kernels"])
 def test_nothing_to_measure_is_refused(name):
     with pytest.raises(InputError, match=f"{name} is empty"):
         dataclasses.replace(SMALL, **{name: ()})
@@ -384,6 +386,38 @@ def test_another_file_is_no_record(tmp_path):
     (tmp_path / "x.json").write_text('{"training": []}')
     with pytest.raises(InputError, match="has no sampling, parts, operators, scaling"):
         measure.read_record(tmp_path / "x.json")
+
+
+def test_a_record_of_an_earlier_version_is_told(tmp_path, recorded):
+    """One that says nothing of kernels, which its tables would need."""
+    _, record = recorded
+    rows = [{name: value for name, value in row.items() if name != "kernel"} for row in record["training"]]
+    (tmp_path / "x.json").write_text(json.dumps(record | {"training": rows}))
+    with pytest.raises(InputError, match=r"x\.json was written by an earlier version of the benchmark: run it again"):
+        measure.read_record(tmp_path / "x.json")
+
+
+def test_both_kernels_are_compared_on_a_gpu():
+    """But for the head in pieces, which the fused kernel does not have."""
+    found = contestants.contestants(dataclasses.replace(PRESETS["xl16"], compile=("on",)))
+    ways = [(one.recompute, one.kernel) for one in found if one.kind == "package"]
+    assert ways == [("none", "fused"), ("none", "torch"), ("head", "torch"), ("all", "fused"), ("all", "torch")]
+    assert all((one.kernel, one.recorded) == ("torch", False) for one in found if one.kind != "package")
+    with pytest.raises(InputError, match="field_kernel is fused and model.head is linear"):
+        dataclasses.replace(PRESETS["xl16"], model=dataclasses.replace(TINY, head="linear"))
+
+
+def test_the_plain_networks_compiled_parts_are_one_graph_each():
+    """Whatever the number of blocks, as the package's."""
+    config = dataclasses.replace(TINY, blocks=3)
+    network = contestants.PlainNetwork(config, 5)
+    given = torch.randn(2, TINY.channels, 16, 16), torch.rand(2), torch.arange(2)
+    expected, counter = network(*given), CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    with mock.patch("torch.compile", functools.partial(torch.compile, backend=counter)):
+        network.compile_parts()
+    torch.testing.assert_close(network(*given), expected)
+    assert counter.frame_count == 2
 
 
 def test_the_quickstarts_network_is_measured_as_it_trains():

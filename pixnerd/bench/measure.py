@@ -63,10 +63,12 @@ def _write(record: dict[str, Any], out: Path) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A benchmark's record. Raises InputError if the file is missing or is none."""
+    """A benchmark's record. Raises InputError if the file is missing, is none, or is an earlier version's."""
     record = read_json(path, "a benchmark")
     if missing := [section for section in SECTIONS if section not in record]:
         raise InputError(f"{path} is no record of a benchmark: it has no {', '.join(missing)}")
+    if any(field.name not in row for row in record["training"] for field in dataclasses.fields(Contestant)):
+        raise InputError(f"{path} was written by an earlier version of the benchmark: run it again")
     return record
 
 
