@@ -94,12 +94,15 @@ class Plan(Train):
     """FLOP/s of each; by default an A100's in the authors' runs"""
 
     def run(self) -> None:
+        from .distributed import capability, default_device
         from .planning import advice, card_here, cards_table, hours_line, memory_table, paths_line, plan_run
 
         config = self.config
-        found, card = plan_run(config, self.gpus), self.card_gib or card_here()
+        here = 0 if self.card_gib else capability(default_device())
+        found, card = plan_run(config, self.gpus, capability=here), self.card_gib or card_here()
         parameters = sum(parameter.numel() for parameter in found.model.parameters())
-        print(f"{parameters / 1e6:.1f} million parameters, {config.model.image_size} pixels, GiB on each GPU:")
+        size, kernel = config.model.image_size, found.model.field_kernel
+        print(f"{parameters / 1e6:.1f} million parameters, {size} pixels, GiB on each GPU with the kernel {kernel}:")
         _print_table(memory_table(found, card))
         print(advice(found, card))
         print("the most that each GPU computes at once, 0 if not even one image fits:")
@@ -135,7 +138,8 @@ class Sample(Command):
     """torch.compile for the network; auto: on a GPU with at least 3e16 FLOP to do, five minutes of an A100, since
     compiling takes up to a minute"""
     graphs: bool = False
-    """replay the kernels of small batches from CUDA graphs, which changes no image; off until timed on a GPU"""
+    """replay the kernels of small batches, up to 14 images of XL/16 or half as many where they are guided, from CUDA
+    graphs; off until timed on a GPU"""
     out: Path | None = None
     """folder for samples.png and samples.npz; by default the run's, or runs/NAME for weights without a run"""
 

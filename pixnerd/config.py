@@ -217,7 +217,8 @@ class TrainConfig:
     """what the backward pass recomputes instead of storing"""
     field_kernel: Literal["auto", FieldKernel] = "auto"
     """what computes the field's blocks: torch, operator by operator, or fused, one kernel with less traffic of memory
-    for NVIDIA GPUs; auto: fused where that is faster, in bfloat16 on an H100 or H200, unless weights are sharded"""
+    for NVIDIA GPUs; auto: fused where it was faster, compiled and in bfloat16 on Hopper GPUs such as the H100, unless
+    weights are sharded"""
     accumulate: Count = 1
     """number of parts in which a device processes its share of a batch; saves memory, changes only rounding"""
     shard: bool = False
@@ -323,12 +324,13 @@ class TrainConfig:
     def kernel_on(self, capability: int) -> FieldKernel:
         """What computes the field's blocks on an NVIDIA GPU of this compute capability, 9 for Hopper; 0: elsewhere.
 
-        The fused kernel has been timed on Hopper alone. Compiled for other GPUs its backward pass moves kilobytes of a
-        thread's numbers out of registers (`python -m tests.measure.field_traffic`).
+        The fused kernel has been timed on Hopper alone. Compiled for an A100 or an RTX 4090 its backward pass moves
+        kilobytes of a thread's numbers out of registers (`python -m tests.measure.field_traffic`). It needs a C
+        compiler, as torch.compile does, which a run tries before it starts.
         """
         if self.field_kernel != "auto":
             return self.field_kernel
-        timed = capability == 9 and self.computes_in_bfloat16("cuda") and not self.shard
+        timed = capability == 9 and self.computes_in_bfloat16("cuda") and self.compile != "off" and not self.shard
         return "fused" if timed and self.distil != "meanflow" and can_fuse(self.model) else "torch"
 
     @property

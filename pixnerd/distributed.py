@@ -135,6 +135,11 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def capability(device: torch.device) -> int:
+    """The major compute capability of an NVIDIA GPU, 9 for an H100; 0 for another device."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
 def join(device: torch.device | None = None) -> World:
     """This process's world: the one described by torchrun's environment, or a world of one process.
 

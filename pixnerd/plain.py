@@ -6,6 +6,7 @@ shared between patches; every tensor in an equation is computed explicitly.
 
 import functools
 import math
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
@@ -16,9 +17,14 @@ from .model_config import ModelConfig
 Weights = dict[str, Tensor]  # a PixNerd's state_dict, or its named_parameters, or a part of them
 
 
-def part(weights: Weights, name: str) -> Weights:
-    """The weights of one part, by their names in it."""
-    return {key.removeprefix(f"{name}."): weight for key, weight in weights.items() if key.startswith(f"{name}.")}
+def by_part(weights: Weights) -> dict[str, Weights]:
+    """Part, "head" or "blocks.N" → its weights by their names in it."""
+    found: dict[str, Weights] = defaultdict(dict)
+    for key, weight in weights.items():
+        words = key.split(".")
+        depth = 2 if words[0] == "blocks" else 1
+        found[".".join(words[:depth])][".".join(words[depth:])] = weight
+    return found
 
 
 def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
@@ -205,14 +211,15 @@ def network(
     tokens = linear(weights, "patch_embed", patches.reshape(batch, rows * columns, channels * side * side))
     time = time_vector(weights, t)
     c = silu(time + weights["label_embed.weight"][labels])
+    parts = by_part(weights)
     for number in range(config.blocks):
-        tokens = block(part(weights, f"blocks.{number}"), config.heads, tokens, c, (rows, columns))
+        tokens = block(parts[f"blocks.{number}"], config.heads, tokens, c, (rows, columns))
     s = silu(time[:, None, :] + tokens).reshape(batch * rows * columns, -1)
     if config.head == "linear":
         decoded = linear(weights, "head.out", s)
     else:
         pixels = patches.reshape(batch * rows * columns, channels, side * side).transpose(1, 2)
-        decoded = head(part(weights, "head"), config, pixels, s)
+        decoded = head(parts["head"], config, pixels, s)
     decoded = decoded.reshape(batch, rows, columns, side, side, channels).permute(0, 5, 1, 3, 2, 4)
     out = decoded.reshape(batch, channels, height, width)
     if config.skip:

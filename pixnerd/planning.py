@@ -94,7 +94,7 @@ class Plan:
     kept: dict[str, float]
     """GiB an image, by policy of recomputation"""
     head: float
-    """GiB an image of them that are not kept when the head is computed again in pieces"""
+    """GiB an image: the part of kept["none"] that computing the head again in pieces saves"""
 
     def fit(self, recompute: Recompute | None = None, accumulate: int | None = None, images: int | None = None) -> Fit:
         """The memory of one GPU; by default with the run's own settings, and with its share of the run's batch."""
@@ -160,8 +160,10 @@ class Plan:
         return images * flops / (rate * self.gpus) / 3600
 
 
-def plan_run(config: TrainConfig, gpus: int = 1, num_classes: int = 1000) -> Plan:
+def plan_run(config: TrainConfig, gpus: int = 1, num_classes: int = 1000, capability: int = 0) -> Plan:
     """Count what a run takes of each of `gpus` GPUs.
+
+    With `field_kernel` auto, that depends on their major compute capability; with 0, of torch's kernel.
 
     Raises:
         InputError: they cannot share a batch, or the run's teacher is not named or not found.
@@ -169,7 +171,7 @@ def plan_run(config: TrainConfig, gpus: int = 1, num_classes: int = 1000) -> Pla
     config.check_complete()
     check_split(config, gpus, "GPUs")
     with torch.device("meta"):
-        model = build_network(config.model, num_classes, config.recompute, config.kernel_on(0))  # of any card
+        model = build_network(config.model, num_classes, config.recompute, config.kernel_on(capability))
     settings = {"dtype": activations_dtype(config), "decoded": max(config.image_sizes)}  # the largest has to fit
     size = config.model.image_size
     kept = {policy: cost.saved_activation_bytes(model, size, policy, **settings) / GIB for policy in POLICIES}

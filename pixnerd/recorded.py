@@ -2,12 +2,14 @@
 
 A network has well over a thousand kernels. For a few images a GPU is done with each before the processor has started
 the next, and waits. A recording starts them all at once; they are the same kernels, and the images are the same bit for
-bit. No GPU has run this yet: tests.measure.gpu_checks compares and times it (`recorded_sampling`).
+bit. Under autocast a recording casts the weights in every pass, which sampling otherwise does once for all steps. No
+GPU has run this yet: tests.measure.gpu_checks compares and times it (`recorded_sampling`).
 """
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +19,11 @@ from .encodings import coordinate_table
 from .errors import InputError
 from .layers import rotary_table
 from .model import PatchDenoiser
+from .text import build_network
 
 SMALL = 4e12  # FLOP of a pass, some 10 ms of an H100, an estimate: above, the processor is ahead of the GPU anyway
 FIRST = 3  # a shape that is met so often is recorded, since sampling in few steps is over before that pays
-MOST = 16  # recordings that a network keeps, each with its input and output
+MOST = 16  # recordings that a network keeps
 
 
 class Recording(NamedTuple):
@@ -38,39 +41,45 @@ class Recording(NamedTuple):
         return self.output.clone()
 
 
-def record(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Recording:
-    """Record what `function` does with inputs of these shapes; weights are read where they lie, at each replay."""
+def record(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], pool: Any) -> Recording:
+    """Record what `function` does with inputs of these shapes; weights are read where they lie, at each replay.
+
+    Recordings that share a memory pool may overwrite what others left there, but for their outputs.
+    """
     places, graph = tuple(x.clone() for x in inputs), torch.cuda.CUDAGraph()
-    autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    # autocast would keep copies of weights from one call to the next, and drop them when its context ends
-    with torch.autocast("cuda", autocast[1], enabled=autocast[0], cache_enabled=False):
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            function(*places)  # compiles and allocates whatever does so at first
-        torch.cuda.current_stream().wait_stream(aside)
-        _forget_tables()  # so that the recording makes its own: others may be dropped when new ones are made
-        try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                output = function(*places)
-        finally:
-            _forget_tables()
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        function(*places)  # compiles and allocates whatever does so at first
+    torch.cuda.current_stream().wait_stream(aside)
+    _forget()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            output = function(*places)
+    finally:
+        _forget()
     return Recording(graph, places, output)
 
 
-def _forget_tables() -> None:
+def _forget() -> None:
+    """Tables and cast weights that outlive a pass: a recording makes its own, since others may be dropped later."""
     rotary_table.cache_clear()
     coordinate_table.cache_clear()
+    torch.clear_autocast_cache()
 
 
 class RecordedForward:
     """A network's forward pass, from recordings where that pays: small batches, without gradients."""
 
     def __init__(self, model: PatchDenoiser):
-        self.forward, size = model.forward, model.config.image_size
-        self.most_values = SMALL / forward_flops(model, size) * model.config.channels * size**2  # of all images
+        self.model = weakref.ref(model)  # which holds this in turn: a cycle would keep the GPU's memory
+        config = model.config
+        with torch.device("meta"):
+            flops = forward_flops(build_network(config, model.num_classes), config.image_size)
+        self.most_values = SMALL / flops * config.channels * config.image_size**2  # of all images of a pass
         self.met: Counter[Hashable] = Counter()
         self.recordings: dict[Hashable, Recording] = {}
+        self.pool: Any = None
 
     def __call__(
         self,
@@ -82,20 +91,23 @@ class RecordedForward:
         r: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """See the network's own forward pass."""
-        if torch.is_grad_enabled() or tap is not None or x.numel() > self.most_values:
-            return self.forward(x, t, condition, base_resolution, tap, r)
+        model = self.model()
+
+        def compute(x: Tensor, t: Tensor, condition: Tensor, r: Tensor | None = None) -> Any:
+            return type(model).forward(model, x, t, condition, base_resolution, tap, r)
+
         inputs = (x, t, condition) if r is None else (x, t, condition, r)
+        if torch.is_grad_enabled() or tap is not None or x.numel() > self.most_values:
+            return compute(*inputs)
         shapes = tuple((y.shape, y.dtype) for y in inputs)
-        key = shapes, base_resolution, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        key = shapes, base_resolution, autocast, torch.is_inference_mode_enabled()
         self.met[key] += 1
         if key not in self.recordings:
             if self.met[key] < FIRST or len(self.recordings) == MOST:
-                return self.forward(x, t, condition, base_resolution, r=r)
-
-            def compute(x: Tensor, t: Tensor, condition: Tensor, r: Tensor | None = None) -> Tensor:
-                return self.forward(x, t, condition, base_resolution, r=r)
-
-            self.recordings[key] = record(compute, inputs)
+                return compute(*inputs)
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            self.recordings[key] = record(compute, inputs, self.pool)
         return self.recordings[key].replay(*inputs)
 
 

@@ -388,7 +388,7 @@ def test_another_file_is_no_record(tmp_path):
         measure.read_record(tmp_path / "x.json")
 
 
-def test_a_record_of_an_earlier_version_is_told(tmp_path, recorded):
+def test_a_record_of_an_earlier_version_is_refused(tmp_path, recorded):
     """One that says nothing of kernels, which its tables would need."""
     _, record = recorded
     rows = [{name: value for name, value in row.items() if name != "kernel"} for row in record["training"]]

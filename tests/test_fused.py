@@ -88,6 +88,7 @@ def test_a_machine_without_triton_is_told(monkeypatch):
         ({"field_kernel": "fused"}, 8, "fused"),
         ({"precision": "float32"}, 9, "torch"),
         ({"shard": True}, 9, "torch"),
+        ({"compile": "off"}, 9, "torch"),
         ({"model": dataclasses.replace(TINY, head="linear")}, 9, "torch"),
         ({"distil": "meanflow", "teacher": "runs/x", "sampling": STUDENT_SAMPLING}, 9, "torch"),
     ],

@@ -1,6 +1,10 @@
 """Which passes are recorded as CUDA graphs and replayed. That the graphs are right is for tests.measure.gpu_checks."""
 
+import contextlib
 import dataclasses
+import gc
+import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +20,7 @@ from .conftest import TINY, randomised
 class Replayed:
     """A recording that computes: what it was made of, and how often it was replayed."""
 
-    def __init__(self, function, inputs):
+    def __init__(self, function, inputs, pool):
         self.function, self.shapes, self.replays = function, [tuple(x.shape) for x in inputs], 0
 
     def replay(self, *inputs):
@@ -28,6 +32,7 @@ class Replayed:
 @pytest.fixture
 def model(monkeypatch):
     monkeypatch.setattr(recorded, "record", Replayed)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     model = randomised(PixNerd(TINY, 5)).eval()
     model.forward = RecordedForward(model)
     return model
@@ -49,6 +54,7 @@ def test_a_shape_is_recorded_when_it_is_met_for_the_third_time(model):
 
 def test_sizes_ends_and_precisions_have_recordings_of_their_own(monkeypatch):
     monkeypatch.setattr(recorded, "record", Replayed)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     student = randomised(PixNerd(dataclasses.replace(TINY, student=True), 5)).eval()
     plain = student.forward
     student.forward = RecordedForward(student)
@@ -59,9 +65,10 @@ def test_sizes_ends_and_precisions_have_recordings_of_their_own(monkeypatch):
         for image, base, r in ways:
             for _ in range(FIRST + 1):
                 assert student(image, t, labels, base, r=r).equal(plain(image, t, labels, base, r=r))
-        with torch.autocast("cpu", torch.bfloat16):  # not the autocast of a GPU
+    with torch.inference_mode():
+        for _ in range(FIRST):
             student(x, t, labels)
-    assert [one.replays for one in student.forward.recordings.values()] == [3, 2, 2, 2]
+    assert [one.replays for one in student.forward.recordings.values()] == [2, 2, 2, 2, 1]
 
 
 def test_gradients_taps_and_large_batches_are_computed(model):
@@ -77,6 +84,53 @@ def test_gradients_taps_and_large_batches_are_computed(model):
         model(x, t, labels)
     assert not model.forward.met
     assert most > 1_000_000  # a network for a laptop is small for a GPU
+
+
+def test_a_pass_is_recorded_after_one_that_warms_up_with_tables_of_its_own(monkeypatch, tiny):
+    """What the recording reads lies in its own places; the tables it computes are no others, and others none of its."""
+    tables, events = (recorded.rotary_table, recorded.coordinate_table), []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: mock.Mock(replay=lambda: events.append("replay")))
+    monkeypatch.setattr(torch.cuda, "Stream", mock.Mock)
+    monkeypatch.setattr(torch.cuda, "current_stream", mock.Mock)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+    @contextlib.contextmanager
+    def graph(graph, pool, capture_error_mode):
+        assert (pool, capture_error_mode) == ("a pool", "thread_local")
+        assert [table.cache_info().currsize for table in tables] == [0, 0]
+        events.append("begin")
+        yield
+        assert [table.cache_info().currsize for table in tables] == [1, 1]
+        events.append("end")
+
+    def compute(*inputs):
+        events.append(("pass", [x.data_ptr() for x in inputs]))
+        return tiny(*inputs)
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    inputs = torch.randn(2, TINY.channels, 16, 16), torch.rand(2), torch.arange(2)
+    with torch.no_grad():
+        made = recorded.record(compute, inputs, "a pool")
+        again = [x.flip(0) for x in inputs]
+        output = made.replay(*again)
+    places = [x.data_ptr() for x in made.inputs]
+    assert events == [("pass", places), "begin", ("pass", places), "end", "replay"]
+    assert not {x.data_ptr() for x in inputs} & set(places)
+    assert all(place.equal(x) for place, x in zip(made.inputs, again, strict=True))
+    assert [table.cache_info().currsize for table in tables] == [0, 0]
+    assert output.equal(made.output)  # of the recording, since this graph computes nothing
+    assert output.data_ptr() != made.output.data_ptr()
+
+
+def test_a_network_is_not_kept_by_its_recordings():
+    other = PixNerd(TINY, 5)
+    other.forward, reference = RecordedForward(other), weakref.ref(other)
+    gc.disable()
+    try:
+        del other
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_no_more_than_so_many_are_kept(model):

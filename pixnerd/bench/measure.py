@@ -138,7 +138,7 @@ def measure_sampling(bench: Bench) -> list[dict[str, Any]]:
         actions = {
             c: bench.evaluation(c, network, images, guided)
             for c, network in networks.items()
-            if images == 1 or not c.recorded  # larger batches are not
+            if images == 1 or not c.recorded  # larger batches are not recorded
         }
         readings = take_turns(actions, bench.config.rounds)
         for contestant in actions:

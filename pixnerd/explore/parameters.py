@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import InputError
 
+PLURALS = {"a number": "numbers", "a whole number": "whole numbers", "text": "texts"}
 INJECTED = "# Parameters\n"  # starts the cell that papermill inserts after the one tagged `parameters`
 
 
@@ -20,7 +21,8 @@ def check_parameters(executed: Sequence[str]) -> None:
         executed: the source of every cell run so far, which a notebook has as `In`: `check_parameters(In)`.
 
     Raises:
-        InputError: an unknown name, or a value whose kind (text, a number, a list of numbers …) is not the default's.
+        InputError: an unknown name, or a value whose kind (text, a number, a list of numbers …) is not the default's;
+            a whole number is a number, too.
     """
     injected = [index for index, source in enumerate(executed) if source.startswith(INJECTED)]
     if not injected:
@@ -35,7 +37,7 @@ def check_parameters(executed: Sequence[str]) -> None:
     for name, value in given.items():
         default = defaults[name]
         empty = isinstance(value, list) and isinstance(default, list) and not (value and default)
-        if _kind(value) != _kind(default) and not empty:
+        if _kind(default) not in (_kind(value), _kind(value, whole=False)) and not empty:
             raise InputError(f"parameter {name} is {value!r}; it has to be {_kind(default)}")
 
 
@@ -56,14 +58,19 @@ def _assigned(source: str) -> dict[str, Any]:
     return {target.id: ast.literal_eval(s.value) for s in statements for target in s.targets}
 
 
-def _kind(value: object) -> str:
+def _kind(value: object, whole: bool = True) -> str:
+    """What a value is, in words; with `whole`, a whole number is told from others."""
     match value:
         case bool():
             return "True or False"
-        case int() | float():
+        case int():
+            return "a whole number" if whole else "a number"
+        case float():
             return "a number"
         case str():
             return "text"
         case list():
-            return " of ".join(["a list", *sorted({_kind(entry) for entry in value})])
+            whole = whole and not any(isinstance(entry, float) for entry in value)
+            kinds = sorted({_kind(entry, whole) for entry in value})
+            return "a list" + " of " * bool(kinds) + " or ".join(PLURALS.get(kind, kind) for kind in kinds)
     return type(value).__name__

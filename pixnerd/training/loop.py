@@ -25,7 +25,17 @@ from ..conditions import Conditions, training_conditions
 from ..config import TrainConfig
 from ..data import ImageDataset
 from ..differences import differences
-from ..distributed import World, bare, check_sharding, exchange_gradients, join, local_part, replicate, shard
+from ..distributed import (
+    World,
+    bare,
+    capability,
+    check_sharding,
+    exchange_gradients,
+    join,
+    local_part,
+    replicate,
+    shard,
+)
 from ..errors import InputError, NonFiniteLoss, WriteError
 from ..model import PatchDenoiser
 from ..model_config import check_triton
@@ -116,11 +126,6 @@ def train(
     if checkpoint is None:  # else it has what was measured; outside of `together`, since processes wait for each other
         aim.measure_data(dataset)
     return _train(job, checkpoint, lock)
-
-
-def capability(device: torch.device) -> int:
-    """The major compute capability of an NVIDIA GPU; 0 for another device."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 def check_gpu(device: torch.device) -> None:

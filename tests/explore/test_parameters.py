@@ -19,7 +19,16 @@ def executed(injected, *others):
 
 @pytest.mark.parametrize(
     "injected",
-    ["", "seed = 3", 'out = "y"\nsteps = [1]', "rates = [1]", 'flags = ["--clip", "1"]', "steps = []", "fast = False"],
+    [
+        "",
+        "seed = 3",
+        'out = "y"\nsteps = [1]',
+        "rates = [1]",
+        "rates = [1, 0.5]",
+        'flags = ["--clip", "1"]',
+        "steps = []",
+        "fast = False",
+    ],
 )
 def test_parameters_that_the_notebook_has(injected):
     check_parameters(executed(injected, "later = 1", "check_parameters(In)"))
@@ -34,13 +43,15 @@ def test_a_notebook_without_papermill_may_hold_anything():
     [
         ("seeds = 3", "unknown parameter seeds; this notebook has out, steps, rates, flags, fast, seed"),
         ("seed = 1\nstep = 2\nbefore = 3", "unknown parameter step, before; "),
-        ("steps = 5", "parameter steps is 5; it has to be a list of a number"),
+        ("steps = 5", "parameter steps is 5; it has to be a list of whole numbers"),
         ('out = ["y"]', "it has to be text"),
-        ('rates = ["2e-4"]', r"parameter rates is \['2e-4'\]; it has to be a list of a number"),  # YAML needs 2.0e-4
+        ('rates = ["2e-4"]', r"parameter rates is \['2e-4'\]; it has to be a list of numbers"),  # YAML needs 2.0e-4
         ('flags = "--clip"', "parameter flags is '--clip'; it has to be a list"),
         ("fast = 1", "it has to be True or False"),
-        ("seed = True", "it has to be a number"),
-        ("seed = None", "it has to be a number"),
+        ("seed = True", "it has to be a whole number"),
+        ("seed = None", "it has to be a whole number"),
+        ("seed = 1.0", "parameter seed is 1.0; it has to be a whole number"),
+        ("steps = [1, 2.5]", r"parameter steps is \[1, 2.5\]; it has to be a list of whole numbers"),
     ],
 )
 def test_parameters_that_the_notebook_does_not_have(injected, sentence):
