@@ -155,16 +155,19 @@ class Run:
         )
 
     def completed(self, config: TrainConfig) -> TrainConfig:
-        """`config`, with what the run in this folder has found out: its teacher's checkpoint, and the aligned block.
+        """`config`, with what the run in this folder has found out: teacher's checkpoint, aligned block, field kernel.
 
         A teacher that is named by its run alone is the checkpoint which that was when the student began. Earlier
-        versions wrote block 8 into every configuration, also where text models align block 6 by default today.
+        versions wrote block 8 into every configuration, also where text models align block 6 by default today, and
+        the kernel torch, where "auto" may take another today.
         """
         if not self.config_path.is_file() or not self._has_work():
             return config
         before = self.config()
         if config.align_block is None:
             config = dataclasses.replace(config, align_block=before.align_block)
+        if config.field_kernel == "auto":
+            config = dataclasses.replace(config, field_kernel=before.field_kernel)
         if config.teacher and before.teacher.rpartition("@")[0] == str(Path(config.teacher)):
             config = dataclasses.replace(config, teacher=before.teacher)
         return config

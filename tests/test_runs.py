@@ -221,3 +221,12 @@ def test_the_aligned_block_is_the_published_one_and_a_runs_own_when_resumed(tmp_
     assert run.config().aligned_block == 8
     with pytest.raises(InputError, match="align_block 8 there, 6 asked for"):
         run.begin(run.completed(replace(asked, align_block=6)))
+
+
+@pytest.mark.parametrize(("before", "asked", "kept"), [("torch", "auto", "torch"), ("auto", "fused", "fused")])
+def test_a_resumed_run_keeps_its_field_kernel_unless_another_is_named(tmp_path, before, asked, kept):
+    """Earlier versions wrote torch, which was the default, into every configuration."""
+    run, config = Run(tmp_path / "run"), TrainConfig(data="synthetic", steps=9)
+    run.begin(replace(config, field_kernel=before))
+    run.log({"step": 1})
+    assert run.completed(replace(config, field_kernel=asked)).field_kernel == kept
