@@ -158,7 +158,7 @@ def _saved_bytes(model: PatchDenoiser, size: int, decoded: int, images: int, dty
         return tensor
 
     device = torch.device("cuda")
-    _forget_tables()  # cached real tensors must not mix with fake ones, nor afterwards the other way round
+    forget_tables()  # cached real tensors must not mix with fake ones, nor afterwards the other way round
     try:
         with FakeTensorMode(), device, torch.enable_grad(), _cuda_autocast(dtype), FusedAttention():
             weights = {n: torch.empty(p.shape, requires_grad=True) for n, p in model.named_parameters()}
@@ -168,7 +168,7 @@ def _saved_bytes(model: PatchDenoiser, size: int, decoded: int, images: int, dty
                 functional_call(model, weights, (x, t, condition, None if decoded == size else (size, size)))
             return sum(storage.nbytes() for storage in storages)
     finally:
-        _forget_tables()
+        forget_tables()
 
 
 @contextlib.contextmanager
@@ -185,7 +185,8 @@ def _cuda_autocast(dtype: torch.dtype) -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
-def _forget_tables() -> None:
+def forget_tables() -> None:
+    """Empty the caches of tables, which belong to whoever computed them: real, fake, or part of a CUDA graph."""
     rotary_table.cache_clear()
     coordinate_table.cache_clear()
 

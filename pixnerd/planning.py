@@ -175,11 +175,13 @@ def plan_run(config: TrainConfig, gpus: int = 1, num_classes: int = 1000, capabi
     settings = {"dtype": activations_dtype(config), "decoded": max(config.image_sizes)}  # the largest has to fit
     size = config.model.image_size
     kept = {policy: cost.saved_activation_bytes(model, size, policy, **settings) / GIB for policy in POLICIES}
-    with torch.device("meta"):
-        pieces = build_network(config.model, num_classes)  # the fused kernel keeps what these keep, and its own input
-    head = kept["none"] - cost.saved_activation_bytes(pieces, size, "head", **settings) / GIB
+    in_pieces = kept["head"]
+    if not model.recomputes_head("head"):  # the fused kernel's pieces keep what torch's do
+        with torch.device("meta"):
+            pieces = build_network(config.model, num_classes, "head", "torch")
+        in_pieces = cost.saved_activation_bytes(pieces, size, "head", **settings) / GIB
     others = teacher_cost(config) + encoder_cost(config) + distillation_cost(config, model)
-    return Plan(config, gpus, model, others, kept, head)
+    return Plan(config, gpus, model, others, kept, kept["none"] - in_pieces)
 
 
 def activations_dtype(config: TrainConfig) -> torch.dtype:

@@ -14,10 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .cost import forward_flops
-from .encodings import coordinate_table
+from .cost import forget_tables, forward_flops
 from .errors import InputError
-from .layers import rotary_table
 from .model import PatchDenoiser
 from .text import build_network
 
@@ -63,8 +61,7 @@ def record(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], pool: An
 
 def _forget() -> None:
     """Tables and cast weights that outlive a pass: a recording makes its own, since others may be dropped later."""
-    rotary_table.cache_clear()
-    coordinate_table.cache_clear()
+    forget_tables()
     torch.clear_autocast_cache()
 
 
@@ -100,7 +97,7 @@ class RecordedForward:
         if torch.is_grad_enabled() or tap is not None or x.numel() > self.most_values:
             return compute(*inputs)
         shapes = tuple((y.shape, y.dtype) for y in inputs)
-        autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         key = shapes, base_resolution, autocast, torch.is_inference_mode_enabled()
         self.met[key] += 1
         if key not in self.recordings:

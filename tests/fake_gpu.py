@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pixnerd.cost import FusedAttention, _forget_tables
+from pixnerd.cost import FusedAttention, forget_tables
 from pixnerd.frozen import preprocess
 from pixnerd.randomness import _normal_table
 from pixnerd.training import losses
@@ -24,7 +24,7 @@ def fake_gpu(dtype: torch.dtype = torch.bfloat16) -> Iterator[None]:
     tables = losses._constants, preprocess.constants, _normal_table
 
     def forget():
-        _forget_tables()
+        forget_tables()
         for table in tables:
             table.cache_clear()
 

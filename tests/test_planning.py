@@ -92,6 +92,14 @@ def test_a_small_card_is_told_both_ways():
     assert [(s.recompute, s.accumulate) for s in nothing.suggestions(CARDS[12])] == [("all", 16), ("none", 128)]
 
 
+@pytest.mark.parametrize(("capability", "kernel", "none"), [(0, "torch", 718.17), (9, "fused", 459.29)])
+def test_pieces_of_the_head_keep_the_same_with_both_kernels(capability, kernel, none):
+    """MiB an image of XL/16: what all pieces together would keep is what "head" spares with torch's kernel."""
+    found = plan_run(RECIPES["imagenet-256"], capability=capability)
+    assert found.model.field_kernel == kernel
+    assert [1024 * found.kept["none"], 1024 * found.head] == pytest.approx([none, none - 411.42], abs=0.01)
+
+
 def test_the_most_images_are_the_last_that_the_counter_lets_pass():
     """Below a card's limit by the counter's own figures, and above it with one more."""
     found = plan_run(dataclasses.replace(RECIPES["imagenet-256"], model=SIZES["L/16"]), gpus=8)

@@ -12,6 +12,9 @@ import torch
 from pixnerd import PixNerd, recorded, sample
 from pixnerd.checkpoints import save_model
 from pixnerd.cli import main
+from pixnerd.cost import _cuda_autocast
+from pixnerd.encodings import coordinate_table
+from pixnerd.layers import rotary_table
 from pixnerd.recorded import FIRST, MOST, RecordedForward
 
 from .conftest import TINY, randomised
@@ -52,7 +55,7 @@ def test_a_shape_is_recorded_when_it_is_met_for_the_third_time(model):
     assert found(model) == {(4, TINY.channels, 16, 16): 5 - (FIRST - 1)}
 
 
-def test_sizes_ends_and_precisions_have_recordings_of_their_own(monkeypatch):
+def test_sizes_ends_precisions_and_inference_mode_have_recordings_of_their_own(monkeypatch):
     monkeypatch.setattr(recorded, "record", Replayed)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     student = randomised(PixNerd(dataclasses.replace(TINY, student=True), 5)).eval()
@@ -65,10 +68,12 @@ def test_sizes_ends_and_precisions_have_recordings_of_their_own(monkeypatch):
         for image, base, r in ways:
             for _ in range(FIRST + 1):
                 assert student(image, t, labels, base, r=r).equal(plain(image, t, labels, base, r=r))
-    with torch.inference_mode():
-        for _ in range(FIRST):
-            student(x, t, labels)
-    assert [one.replays for one in student.forward.recordings.values()] == [2, 2, 2, 2, 1]
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        for dtype in (torch.float32, torch.bfloat16):
+            with mode, _cuda_autocast(dtype):
+                for _ in range(FIRST):
+                    student(x, t, labels)
+    assert [one.replays for one in student.forward.recordings.values()] == [5, 2, 2, 2, 1, 1, 1]
 
 
 def test_gradients_taps_and_large_batches_are_computed(model):
@@ -88,7 +93,7 @@ def test_gradients_taps_and_large_batches_are_computed(model):
 
 def test_a_pass_is_recorded_after_one_that_warms_up_with_tables_of_its_own(monkeypatch, tiny):
     """What the recording reads lies in its own places; the tables it computes are no others, and others none of its."""
-    tables, events = (recorded.rotary_table, recorded.coordinate_table), []
+    tables, events = (rotary_table, coordinate_table), []
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: mock.Mock(replay=lambda: events.append("replay")))
     monkeypatch.setattr(torch.cuda, "Stream", mock.Mock)
     monkeypatch.setattr(torch.cuda, "current_stream", mock.Mock)

@@ -43,8 +43,10 @@ LATEST = 0.9  # t up to which outputs are compared: beyond, an image's error is 
 class PlainNetwork(PixNerd):
     """`plain.network` as a module with PixNerd's weights, which whatever takes a network takes."""
 
-    def __init__(self, config: ModelConfig, num_classes: int, recompute: Recompute = "none"):
-        super().__init__(config, num_classes, recompute)
+    def __init__(
+        self, config: ModelConfig, num_classes: int, recompute: Recompute = "none", field_kernel: FieldKernel = "torch"
+    ):
+        super().__init__(config, num_classes, recompute, field_kernel)
         self.parts = plain.dit_block, plain.field_head
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor, *_: None, **__: None) -> Tensor:
@@ -144,8 +146,7 @@ class Bench:
         kind = PlainNetwork if contestant.kind == "plain" else PixNerd
         weights = self.weights[contestant.kind]
         with torch.device("meta"):
-            kernel = (contestant.kernel,) if kind is PixNerd else ()
-            network = kind(weights.config, weights.num_classes, contestant.recompute, *kernel)
+            network = kind(weights.config, weights.num_classes, contestant.recompute, contestant.kernel)
         network.load_state_dict(weights.state_dict(keep_vars=True), assign=True)
         if contestant.compiled if compiled is None else compiled:
             if contestant.kind == "plain":

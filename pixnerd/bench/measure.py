@@ -128,9 +128,8 @@ def count_contestants(bench: Bench, rates: dict[str, Roofs]) -> dict[Contestant,
 def measure_sampling(bench: Bench) -> list[dict[str, Any]]:
     """One evaluation while sampling, of one image and of a batch, unguided and guided, all in turns."""
     chosen = [c for c in contestants(bench.config) if c.recompute == bench.config.recompute[0] or c.kind != "package"]
-    recorded = [dataclasses.replace(c, recorded=True) for c in chosen if c.kind == "package"]
-    if bench.world.device.type != "cuda":
-        recorded = []
+    on_gpu = bench.world.device.type == "cuda"
+    recorded = [dataclasses.replace(c, recorded=True) for c in chosen if on_gpu and c.kind == "package"]
     networks = {contestant: bench.network(contestant).eval() for contestant in chosen + recorded}
     ways = [(images, guided) for images in sorted({1, bench.config.batch_size}) for guided in (False, True)]
     rows = []
