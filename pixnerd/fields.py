@@ -20,6 +20,7 @@ from .encodings import Encoding, coordinate_table, encoding_features
 from .encodings import dct_encoding as dct_encoding
 from .encodings import sincos_encoding as sincos_encoding
 from .layers import L2_EPS, OutputLinear, RMSNorm, at_least_float32, modulate
+from .linear import Linear
 from .model_config import FieldKernel, FieldWeights, WeightNorm
 
 PATCHES_PER_PIECE = 1024  # the backward pass recomputes the field of this many patches at a time
@@ -41,7 +42,7 @@ class FieldBlock(nn.Module):
         self.width, self.hidden, self.weight_norm, self.kernel = width, ratio * width, weight_norm, kernel
         if kernel == "fused":
             from . import fused as fused  # its operators are known, and counted, from here on; needs Triton
-        self.generator = nn.Linear(condition_width, 2 * width * self.hidden)
+        self.generator = Linear(condition_width, 2 * width * self.hidden)
         self.norm = RMSNorm(width)
 
     def weights(self, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,9 +88,9 @@ class SharedFieldBlock(nn.Module):
     def __init__(self, condition_width: int, width: int, ratio: int):
         super().__init__()
         self.norm = RMSNorm(width)
-        self.fc1 = nn.Linear(width, ratio * width)
-        self.fc2 = nn.Linear(ratio * width, width)
-        self.modulation = nn.Linear(condition_width, 3 * width)
+        self.fc1 = Linear(width, ratio * width)
+        self.fc2 = Linear(ratio * width, width)
+        self.modulation = Linear(condition_width, 3 * width)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 

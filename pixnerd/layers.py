@@ -11,6 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .linear import Linear, linear
+
 NORM_EPS = 1e-6
 L2_EPS = 1e-12  # the shortest vector that is scaled to unit length
 
@@ -77,7 +79,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(*(at_least_float32(y) for y in (q, k, v))).type_as(v)
 
 
-class OutputLinear(nn.Linear):
+class OutputLinear(Linear):
     """A network's last layer, zero at the start, so that an untrained network predicts zero.
 
     While sampling it computes in float32 under autocast, too. bfloat16 rounds a pixel to half a level of 255, an error
@@ -102,10 +104,10 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)  # rows q | k | v, each heads × head_dim
+        self.qkv = Linear(width, 3 * width, bias=False)  # rows q | k | v, each heads × head_dim
         self.q_norm = RMSNorm(width // heads)
         self.k_norm = RMSNorm(width // heads)
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, text: Tensor | None = None) -> Tensor:
         """With `rotary` (cosine and sine, [N, E/2] each), queries and keys are rotated by their 2-D positions."""
@@ -128,7 +130,7 @@ class JointAttention(Attention):
 
     def __init__(self, width: int, heads: int):
         super().__init__(width, heads)
-        self.text_kv = nn.Linear(width, 2 * width, bias=False)  # rows k | v
+        self.text_kv = Linear(width, 2 * width, bias=False)  # rows k | v
 
     def text_keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """[B, L, D] → keys and values, [B, H, L, E] each."""
@@ -150,16 +152,16 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.gate_value = nn.Linear(width, 2 * hidden, bias=False)
-        self.out = nn.Linear(hidden, width, bias=False)
+        self.gate_value = Linear(width, 2 * hidden, bias=False)
+        self.out = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         rows, columns = self.gate_value.weight, self.out.weight  # [2·hidden, D], [D, hidden]
         if added := hidden_padding(self.out.in_features, x.device):
             rows = F.pad(rows.to(x.dtype).unflatten(0, (2, -1)), (0, 0, 0, added)).flatten(0, 1)
             columns = F.pad(columns.to(x.dtype), (0, added))
-        gate, value = F.linear(x, rows).chunk(2, dim=-1)  # [B, N, hidden] each, or hidden + added
-        return F.linear(F.silu(gate) * value, columns)
+        gate, value = linear(x, rows).chunk(2, dim=-1)  # [B, N, hidden] each, or hidden + added
+        return linear(F.silu(gate) * value, columns)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -176,7 +178,7 @@ class DiTBlock(nn.Module):
         self.attn = attention
         self.norm2 = RMSNorm(width)
         self.mlp = SwiGLU(width, hidden)
-        self.modulation = nn.Linear(width, 6 * width)
+        self.modulation = Linear(width, 6 * width)
 
     def forward(
         self, x: Tensor, c: Tensor, rotary: tuple[Tensor, Tensor] | None = None, text: Tensor | None = None
@@ -197,7 +199,7 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(2 * self.FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(2 * self.FREQUENCIES, width), nn.SiLU(), Linear(width, width))
         nn.init.normal_(self.mlp[0].weight, std=0.02)
         nn.init.normal_(self.mlp[2].weight, std=0.02)
 

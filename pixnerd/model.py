@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .errors import InputError
 from .fields import LinearHead, NeuralFieldHead
 from .layers import Attention, DiTBlock, TimeEmbedding, rotary_table
+from .linear import Linear
 from .model_config import SIZES as SIZES
 from .model_config import FieldKernel, ModelConfig, Recompute, check_fused, check_resolution, check_triton
 
@@ -72,7 +73,7 @@ class PatchDenoiser(nn.Module):
             check_triton()
         self.config, self.recompute, self.field_kernel = config, recompute, field_kernel
         width, patch_size, channels = config.width, config.patch_size, config.channels
-        self.patch_embed = nn.Linear(channels * patch_size**2, width)
+        self.patch_embed = Linear(channels * patch_size**2, width)
         self.time_embed = TimeEmbedding(width)
         self.blocks = nn.ModuleList(blocks)
         if config.head == "field":

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .errors import InputError
 from .layers import Attention, DiTBlock, JointAttention, RMSNorm
+from .linear import Linear
 from .model import PatchDenoiser, PixNerd
 from .model_config import TEXT_SIZES as TEXT_SIZES
 from .model_config import FieldKernel, ModelConfig, Recompute, TextModelConfig
@@ -29,7 +30,7 @@ class TextPixNerd(PatchDenoiser):
         width, hidden = config.width, 4 * config.width
         blocks = (DiTBlock(JointAttention(width, config.heads), width, hidden) for _ in range(config.blocks))
         super().__init__(config, blocks, recompute, field_kernel)
-        self.text_embed = nn.Linear(config.text_features, width)
+        self.text_embed = Linear(config.text_features, width)
         self.text_norm = RMSNorm(width)
         self.text_positions = nn.Parameter(torch.randn(1, config.text_length, width))
         self.text_blocks = nn.ModuleList(
