@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import flow
 from .encodings import coordinate_table
 from .layers import rotary_table
+from .linear import linear
 from .model import PatchDenoiser
 from .model_config import ModelConfig, Recompute
 
@@ -77,10 +78,10 @@ def best_of_ten(work: Callable[[], object]) -> float:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measured floating-point operations per second of a large square matrix product, the best of ten."""
+    """Measured floating-point operations per second of a large square layer's product, the best of ten."""
     side = MATMUL_SIDE[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return 2 * side**3 / best_of_ten(lambda: a @ b)
+    return 2 * side**3 / best_of_ten(lambda: linear(a, b))
 
 
 def copy_rate(device: torch.device) -> float:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pixnerd import PixNerd, flow, frozen, randomness, sampling
@@ -279,3 +280,44 @@ def test_the_checks_for_a_real_gpu_say_that_they_need_one(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "These checks need a GPU, and torch finds none here.\n"
+
+
+def test_what_inductor_makes_of_a_layer_is_counted():
+    """x [512, 256] and a weight [128, 256], in bfloat16: three products, their bytes, and what is kept."""
+    from .measure import compiled_step
+
+    compiled_step.read_patterns()
+    with fake_gpu(), CUDA:
+        found = compiled_step.forward_and_backward(
+            lambda *operands: nn.functional.silu(nn.functional.linear(*operands)),
+            [torch.empty(512, 256), torch.empty(128, 256)],
+        )
+    M, K, N = 512, 256, 128
+    assert found.flops == 3 * 2 * M * K * N
+    assert 5 <= found.kernels <= 9  # three products, SiLU both ways, and the casts to bfloat16 and back
+    products = 2 * 3 * (M * K + K * N + M * N)
+    casts = (4 + 2) * (M * K + K * N)  # to bfloat16, and the gradients to float32
+    assert products + 2 * casts <= found.bytes <= 2 * (products + 2 * casts)
+    assert 2 * (M * K + K * N) <= found.saved <= 2 * (M * K + K * N) + 2 * M * N  # operands and result
+    rates = compiled_step.RATES.values()
+    assert all(0.999 * found.bytes / rate <= s for s, rate in zip(found.seconds, rates, strict=True))
+    assert (found * 3).kernels == 3 * found.kernels
+
+
+def test_the_fused_head_moves_less_once_compiled():
+    pytest.importorskip("triton")
+    from .measure import compiled_step
+
+    compiled_step.read_patterns()
+    with fake_gpu(), CUDA:
+        model = PixNerd(MODEL, 10, "none")
+        torch_kept, torch_again, fused = (
+            compiled_step.package_head(model, kernel, again)
+            for kernel, again in (("torch", "none"), ("torch", "head"), ("fused", "none"))
+        )
+        plain = compiled_step.plain_head(model)
+    assert fused.bytes < torch_kept.bytes < min(plain.bytes, torch_again.bytes)
+    assert torch_again.saved < fused.saved < torch_kept.saved < plain.saved
+    assert torch_kept.flops < torch_again.flops
+    assert torch_kept.flops < fused.flops
+    assert fused.kernels < torch_kept.kernels < torch_again.kernels
