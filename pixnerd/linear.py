@@ -34,6 +34,12 @@ def onednn_is_faster() -> bool:
 
 BY_ONEDNN = onednn_is_faster()
 
+
+def is_large(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's preparation is worth its time for x [..., K] and weight [N, K]."""
+    return x.numel() * weight.shape[0] > WORTHWHILE and x.numel() >= FEWEST_ROWS * weight.shape[1]
+
+
 # Two operators, so that torch.compile takes a product as it is: whatever the shapes, and without looking inside.
 _library = torch.library.Library("pixnerd", "FRAGMENT")
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -47,10 +53,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @torch.library.impl(_library, "linear", "CPU")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows = math.prod(x.shape[:-1])
-    if rows < FEWEST_ROWS or rows * weight.numel() <= WORTHWHILE:
-        return F.linear(x, weight, bias)
-    return _onednn(x, weight, bias)
+    return (_onednn if is_large(x, weight) else F.linear)(x, weight, bias)
 
 
 @torch.library.impl(_library, "linear_weight_gradient", "CPU")
@@ -125,9 +128,11 @@ class _WeightGradient(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weightᵀ + bias, as F.linear: x [..., K], weight [N, K], bias [N] → [..., N]; by oneDNN where that is faster."""
+    if not BY_ONEDNN or not (torch.compiler.is_compiling() or is_large(x, weight)):  # compiled, the operator decides
+        return F.linear(x, weight, bias)
     plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and weight.is_contiguous()
     transformed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()  # jvp, vmap
-    if not BY_ONEDNN or not plain or transformed or torch.is_autocast_enabled("cpu"):
+    if not plain or transformed or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     return _Product.apply(x, weight, bias)
 
