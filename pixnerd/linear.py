@@ -18,7 +18,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-WORTHWHILE = 1 << 20  # multiply-adds up to which oneDNN's preparation takes longer than the product
+WORTHWHILE = 1 << 22  # multiply-adds up to which the way to oneDNN takes longer than it saves
 FEWEST_ROWS = 32  # below, reading the weights takes the time, whoever multiplies
 NARROWEST = 128  # N or K of a weight's gradient below which copying an operand takes as long as the product
 
