@@ -130,9 +130,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weightᵀ + bias, as F.linear: x [..., K], weight [N, K], bias [N] → [..., N]; by oneDNN where that is faster."""
     if not BY_ONEDNN or not (torch.compiler.is_compiling() or is_large(x, weight)):  # compiled, the operator decides
         return F.linear(x, weight, bias)
-    plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and weight.is_contiguous()
+    plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)  # not distributed or quantised, for example
+    fits = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and weight.is_contiguous()
     transformed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()  # jvp, vmap
-    if not plain or transformed or torch.is_autocast_enabled("cpu"):
+    if not plain or not fits or transformed or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     return _Product.apply(x, weight, bias)
 

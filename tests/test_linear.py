@@ -17,6 +17,12 @@ from pixnerd.linear import Linear, linear
 from .conftest import randomised
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch comes without oneDNN")
+
+
+class Other(torch.Tensor):
+    """A kind of tensor that oneDNN's operators do not know."""
+
+
 SIZES = st.sampled_from([1, 7, 40, 129, 300])
 
 
@@ -99,7 +105,7 @@ def test_second_derivatives():
 
 
 def test_elsewhere_it_is_torchs(calls, monkeypatch):
-    """Under autocast, in float64 and bfloat16, with forward derivatives and vmap, and where MKL is fast."""
+    """Under autocast, in float64 or bfloat16, with forward derivatives, vmap, other tensors, and where MKL is fast."""
     x, weight = torch.randn(256, 200), torch.randn(300, 200)
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
@@ -111,6 +117,8 @@ def test_elsewhere_it_is_torchs(calls, monkeypatch):
         dual = linear(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), weight)
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, change)
     torch.testing.assert_close(torch.func.vmap(lambda row: linear(row, weight))(x), y, rtol=1e-4, atol=1e-4)
+    other = torch.nn.Parameter(weight).as_subclass(Other)
+    assert isinstance(linear(x, other), Other)
     monkeypatch.setattr(module, "BY_ONEDNN", False)
     assert linear(x, weight).equal(F.linear(x, weight))
     assert not calls

@@ -86,6 +86,7 @@ def h100() -> Iterator[None]:
                 if hasattr(where, name):
                     stack.enter_context(mock.patch.object(where, name, staticmethod(answer)))
         stack.enter_context(mock.patch("torch.cuda.device_count", return_value=1))
+        stack.enter_context(mock.patch("torch._inductor.scheduler.has_triton", return_value=True))
         stack.enter_context(mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)))
         yield
 
