@@ -66,8 +66,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x [B, H, N, E]; cos and sin of the angles [N, E/2], see `rotary_table`.
     """
-    a, b = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)  # [B, H, N, E/2] each
-    turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)  # [B, H, N, E/2, 2]
+    pairs = x.to(cos.dtype).unflatten(-1, (-1, 2))  # [B, H, N, E/2, 2]
+    turned = pairs * cos[..., None] + pairs.flip(-1) * torch.stack((-sin, sin), -1)
     return turned.flatten(-2).type_as(x)
 
 

@@ -39,6 +39,7 @@ from pixnerd.layers import rotary_table
 
 from ..fake_gpu import CUDA, backward, fake_gpu
 
+BF16 = torch.bfloat16  # what autocast makes of the tokens
 IMAGES, SIDE = 32, 256
 ROWS = SIDE // 16
 MATMUL = 750e12  # FLOP/s in bfloat16, assumed of both GPUs
@@ -186,7 +187,7 @@ def package_blocks(model: PixNerd) -> Cost:
     config = model.config
     cos, sin = rotary_table(ROWS, ROWS, (16, 16), config.width // config.heads, torch.float32, CUDA)
     block = model.blocks[0]
-    x, c = torch.empty(IMAGES, ROWS**2, config.width), torch.empty(IMAGES, config.width)
+    x, c = torch.empty(IMAGES, ROWS**2, config.width, dtype=BF16), torch.empty(IMAGES, config.width)
 
     def transform(module: nn.Module, weights: dict[str, Tensor], *given: Tensor) -> Tensor:
         return functional_call(module, weights, (*given[2:], given[:2]))
@@ -201,7 +202,7 @@ def package_head(model: PixNerd, kernel: str, recompute: str) -> Cost:
     W, ratio = config.field_width, config.field_ratio
     head = NeuralFieldHead(config.width, 3, W, config.field_blocks, ratio, kernel=kernel)
     table = coordinate_table(config.encoding, 16, 16, torch.float32, CUDA)
-    decode, s = Decode(head), torch.empty(patches, config.width)
+    decode, s = Decode(head), torch.empty(patches, config.width, dtype=BF16)
     generators = [f"head.blocks.{number}.generator" for number in range(config.field_blocks)]
     for generator in (field.generator for field in head.blocks):
         total += forward_and_backward(F.linear, [s, generator.weight, generator.bias])
@@ -211,7 +212,7 @@ def package_head(model: PixNerd, kernel: str, recompute: str) -> Cost:
         return functional_call(module, weights, given)
 
     def of_patches(number: int) -> tuple:
-        generated = [torch.empty(number, 2 * ratio * W**2, dtype=torch.bfloat16) for _ in head.blocks]
+        generated = [torch.empty(number, 2 * ratio * W**2, dtype=BF16) for _ in head.blocks]
         given = [torch.empty(number, 256, 3), table, *generated]
         return of_module(decode, call, given, shared, 2)
 
@@ -225,7 +226,7 @@ def package_head(model: PixNerd, kernel: str, recompute: str) -> Cost:
 def plain_blocks(model: PixNerd) -> Cost:
     """All of the plain network's blocks; one is compiled."""
     config, block = model.config, model.blocks[0]
-    x, c = torch.empty(IMAGES, ROWS**2, config.width), torch.empty(IMAGES, config.width)
+    x, c = torch.empty(IMAGES, ROWS**2, config.width, dtype=BF16), torch.empty(IMAGES, config.width)
 
     def transform(module: nn.Module, weights: dict[str, Tensor], x: Tensor, c: Tensor) -> Tensor:
         return plain.dit_block(weights, config.heads, x, c, (ROWS, ROWS))
@@ -242,7 +243,7 @@ def plain_head(model: PixNerd) -> Cost:
         with mock.patch.object(plain, "patch_coordinates", return_value=table):  # it would make real numbers
             return plain.field_head(weights, config, pixels, s)
 
-    pixels, s = torch.empty(patches, 256, 3), torch.empty(patches, config.width)
+    pixels, s = torch.empty(patches, 256, 3), torch.empty(patches, config.width, dtype=BF16)
     names = list(dict(head.named_parameters()))
     table = coordinate_table(config.encoding, 16, 16, torch.float32, CUDA)
     return forward_and_backward(*of_module(head, decode, [table, pixels, s], names, 2))
