@@ -97,7 +97,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
+        (x, weight, _), (of_x, of_weight, _) = inputs, ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -132,6 +133,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)  # not distributed or quantised, for example
     fits = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and weight.is_contiguous()
+    fits = fits and x.shape[-1] == weight.shape[1] and (bias is None or bias.shape == weight.shape[:1])
     transformed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()  # jvp, vmap
     if not plain or not fits or transformed or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)

@@ -74,8 +74,10 @@ class Operators(TorchDispatchMode):
         return result
 
 
-def backward(loss: Tensor) -> dict[Tensor, Tensor]:
+def backward(loss: Tensor, gradient: Tensor | None = None) -> dict[Tensor, Tensor]:
     """The gradient of every leaf: autograd's own engine asks the GPU for a context, so its nodes are called here.
+
+    `gradient` is that of the loss itself, by default ones.
 
     Like the engine it requires the device of what a gradient belongs to, sums over axes that were broadcast, and casts.
     """
@@ -89,7 +91,7 @@ def backward(loss: Tensor) -> dict[Tensor, Tensor]:
             stack.append((node, True))
             stack += [(parent, False) for parent, _ in node.next_functions if parent is not None]
     waiting = {node: [None] * len(node._input_metadata) for node in order}
-    waiting[loss.grad_fn][0] = torch.ones_like(loss)
+    waiting[loss.grad_fn][loss.output_nr] = torch.ones_like(loss) if gradient is None else gradient
     leaves = {}
     for node in reversed(order):
         gradients = waiting.pop(node)

@@ -283,24 +283,30 @@ def test_the_checks_for_a_real_gpu_say_that_they_need_one(tmp_path):
 
 
 def test_what_inductor_makes_of_a_layer_is_counted():
-    """x [512, 256] and a weight [128, 256], in bfloat16: three products, their bytes, and what is kept."""
+    """x [M, K] in float32 and in bfloat16 and a weight [N, K]: three products, their bytes and time, what is kept."""
     from .measure import compiled_step
 
     compiled_step.read_patterns()
-    with fake_gpu(), CUDA:
-        found = compiled_step.forward_and_backward(
-            lambda *operands: nn.functional.silu(nn.functional.linear(*operands)),
-            [torch.empty(512, 256), torch.empty(128, 256)],
-        )
     M, K, N = 512, 256, 128
-    assert found.flops == 3 * 2 * M * K * N
+
+    def layer(x, weight):
+        return nn.functional.silu(nn.functional.linear(x, weight))
+
+    def count(M, K, N, dtype):
+        return compiled_step.forward_and_backward(layer, [torch.empty(M, K, dtype=dtype), torch.empty(N, K)], 1)
+
+    with fake_gpu(), CUDA:
+        found, cast, large = count(M, K, N, torch.float32), count(M, K, N, BF16), count(4096, 4096, 4096, BF16)
+    assert found.flops == cast.flops == 3 * 2 * M * K * N
     assert 5 <= found.kernels <= 9  # three products, SiLU both ways, and the casts to bfloat16 and back
     products = 2 * 3 * (M * K + K * N + M * N)
     casts = (4 + 2) * (M * K + K * N)  # to bfloat16, and the gradients to float32
     assert products + 2 * casts <= found.bytes <= 2 * (products + 2 * casts)
-    assert 2 * (M * K + K * N) <= found.saved <= 2 * (M * K + K * N) + 2 * M * N  # operands and result
-    rates = compiled_step.RATES.values()
-    assert all(0.999 * found.bytes / rate <= s for s, rate in zip(found.seconds, rates, strict=True))
+    assert found.saved == cast.saved == 2 * (M * K + M * N)  # x and the product; of the given x itself, too
+    assert found.copies == cast.copies == 2 * K * N
+    assert found.bytes > cast.bytes
+    assert found.seconds == pytest.approx([found.bytes / rate for rate in compiled_step.RATES.values()])
+    assert large.seconds[0] > large.flops / compiled_step.MATMUL > large.bytes / 2 / compiled_step.RATES["H100"]
     assert (found * 3).kernels == 3 * found.kernels
 
 

@@ -78,7 +78,7 @@ def test_large_products_are_onednns_and_small_ones_are_not(calls):
     assert not calls
 
 
-@pytest.mark.parametrize("M", [130, 600])  # either operand of the weights' gradient is the one that is copied
+@pytest.mark.parametrize("M", [130, 700])  # either operand of the weights' gradient is the one that is copied
 def test_operands_that_are_no_plain_matrices(calls, M):
     """A slice, a transpose and an expanded gradient, each of them as large as oneDNN's products are."""
     wide, weight = torch.randn(M, 400), torch.randn(300, 200)
@@ -90,6 +90,30 @@ def test_operands_that_are_no_plain_matrices(calls, M):
             for ours, theirs in zip(found, exact, strict=True):
                 torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=2e-5 * float(theirs.abs().max()))
     assert len(calls) == 9 * 3
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_operand_may_change_and_keeps_nothing(calls, frozen):
+    """As with nn.Linear: what no gradient needs is not kept, and may change before the backward pass."""
+    operands = list(leaves(torch.randn(256, 200), torch.randn(300, 200)))
+    operands[frozen].requires_grad_(False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.shape) or tensor, lambda kept: kept
+    ):
+        y = linear(*operands)
+    assert kept == [operands[frozen].shape]
+    with torch.no_grad():
+        operands[1 - frozen].add_(1)
+    y.sum().backward()
+    assert len(calls) == 2
+
+
+def test_wrong_shapes_are_refused_in_torchs_words_and_unusual_biases_taken():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(torch.randn(256, 200), torch.randn(300, 201))
+    x, weight = torch.randn(256, 200), torch.randn(300, 200)
+    torch.testing.assert_close(linear(x, weight, torch.ones(1)), F.linear(x, weight) + 1)
 
 
 def test_second_derivatives():
@@ -155,9 +179,12 @@ def test_its_arithmetic_is_counted():
         ("vendor_id\t: GenuineIntel", "AVX512", False),
     ],
 )
-def test_it_is_chosen_where_mkl_uses_half_of_the_width(processor, capability, expected, monkeypatch):
-    monkeypatch.setattr(module.Path, "is_file", lambda path: False)
-    monkeypatch.setattr(module.platform, "processor", lambda: processor)
+@pytest.mark.parametrize("on_linux", [True, False])
+def test_it_is_chosen_where_mkl_uses_half_of_the_width(processor, capability, expected, on_linux, monkeypatch):
+    about = {module.Path("/proc/cpuinfo"): processor} if on_linux else {}
+    monkeypatch.setattr(module.Path, "is_file", lambda path: path in about)
+    monkeypatch.setattr(module.Path, "read_text", lambda path: about[path])
+    monkeypatch.setattr(module.platform, "processor", lambda: "" if on_linux else processor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     for mkl in (True, False):
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda mkl=mkl: mkl)

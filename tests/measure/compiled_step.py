@@ -3,7 +3,8 @@
 Kernels, bytes and FLOPs of forward and backward pass of 32 images of 256 pixels in bfloat16: the network's parts are
 traced on a fake GPU, split into the two passes, lowered and fused by inductor as for an H100, and counted before
 anything is generated. A kernel's time is predicted as the longer of its arithmetic and its traffic at the rates below.
-Embedding, loss and what joins the parts are left out.
+Embedding, loss and what joins the parts are left out. What inductor decides by trying on a GPU is off: padded products,
+and patterns of attention (of the plain network's it finds none on a CPU either).
 """
 
 import contextlib
@@ -39,7 +40,7 @@ from pixnerd.layers import rotary_table
 
 from ..fake_gpu import CUDA, backward, fake_gpu
 
-BF16 = torch.bfloat16  # what autocast makes of the tokens
+BF16 = torch.bfloat16  # the precision of the package's tokens under autocast
 IMAGES, SIDE = 32, 256
 ROWS = SIDE // 16
 MATMUL = 750e12  # FLOP/s in bfloat16, assumed of both GPUs
@@ -62,11 +63,14 @@ class Cost(NamedTuple):
     flops: int = 0
     seconds: tuple[float, ...] = (0.0,) * len(RATES)
     saved: int = 0
-    """bytes kept for the backward pass"""
+    """bytes of activations kept for the backward pass"""
+    copies: int = 0
+    """bytes of weights in bfloat16 kept for it"""
 
     def __add__(self, other: "Cost") -> "Cost":
         seconds = tuple(map(sum, zip(self.seconds, other.seconds, strict=True)))
-        return Cost(*map(sum, zip(self[:3], other[:3], strict=True)), seconds, self.saved + other.saved)
+        saved, copies = self.saved + other.saved, self.copies + other.copies
+        return Cost(*map(sum, zip(self[:3], other[:3], strict=True)), seconds, saved, copies)
 
     def __mul__(self, times: int) -> "Cost":
         return sum(itertools.repeat(self, times), Cost())
@@ -140,13 +144,15 @@ def forward(function: Callable[..., Tensor], inputs: list[Tensor]) -> Cost:
     return lowered(traced(lambda primals, tangents: [function(*primals)], inputs, []))
 
 
-def forward_and_backward(function: Callable[..., Tensor], inputs: list[Tensor], without_gradient: int = 0) -> Cost:
-    """Both passes; the first `without_gradient` inputs need no gradient."""
+def forward_and_backward(
+    function: Callable[..., Tensor], inputs: list[Tensor], parameters: int, without_gradient: int = 0
+) -> Cost:
+    """Both passes; the last `parameters` inputs are weights, the first `without_gradient` need no gradient."""
 
     def joint(primals: list[Tensor], tangents: list[Tensor]) -> list[Tensor]:
         leaves = [x.detach().requires_grad_(place >= without_gradient) for place, x in enumerate(primals)]
         out = function(*leaves)
-        found = backward((out * tangents[0]).sum())
+        found = backward(out, tangents[0])
         return [out, *(found[leaf] for leaf in leaves[without_gradient:])]
 
     graph = traced(joint, inputs, [torch.empty_like(function(*inputs))])
@@ -154,10 +160,17 @@ def forward_and_backward(function: Callable[..., Tensor], inputs: list[Tensor], 
     with h100(), inductor_config.patch(measuring):
         _recursive_joint_graph_passes(graph)
     passes = min_cut_rematerialization_partition(graph, None, compiler="inductor", num_fwd_outputs=1)
-    outputs = passes[0].graph.output_node().args[0][1:]
-    kept = {node: node.meta["val"] for node in outputs if node.op != "placeholder"}
-    saved = sum(value.nbytes for value in kept.values() if isinstance(value, Tensor))
-    return lowered(passes[0]) + lowered(passes[1]) + Cost(saved=saved)
+    activations, weights = len(inputs) - parameters, inputs[len(inputs) - parameters :]
+    shapes = {tuple(sorted(weight.shape)) for weight in weights}
+    saved = copies = 0
+    for node in set(passes[0].graph.output_node().args[0][1:]):
+        value = node.meta["val"]
+        if node.op == "placeholder":  # primals_1, primals_2, …
+            saved += value.nbytes if int(node.name.split("_")[1]) <= activations else 0
+        elif isinstance(value, Tensor):
+            is_copy = tuple(sorted(value.shape)) in shapes
+            saved, copies = saved + value.nbytes * (not is_copy), copies + value.nbytes * is_copy
+    return lowered(passes[0]) + lowered(passes[1]) + Cost(saved=saved, copies=copies)
 
 
 def of_module(module: nn.Module, call: Callable, inputs: list[Tensor], parameters: list[str], fixed: int = 0) -> tuple:
@@ -168,7 +181,7 @@ def of_module(module: nn.Module, call: Callable, inputs: list[Tensor], parameter
         given, weights = leaves[: len(inputs)], dict(zip(parameters, leaves[len(inputs) :], strict=True))
         return call(module, weights, *given)
 
-    return function, [*inputs, *(values[name] for name in parameters)], fixed
+    return function, [*inputs, *(values[name] for name in parameters)], len(parameters), fixed
 
 
 class Decode(nn.Module):
@@ -204,8 +217,9 @@ def package_head(model: PixNerd, kernel: str, recompute: str) -> Cost:
     table = coordinate_table(config.encoding, 16, 16, torch.float32, CUDA)
     decode, s = Decode(head), torch.empty(patches, config.width, dtype=BF16)
     generators = [f"head.blocks.{number}.generator" for number in range(config.field_blocks)]
-    for generator in (field.generator for field in head.blocks):
-        total += forward_and_backward(F.linear, [s, generator.weight, generator.bias])
+    for number, generator in enumerate(field.generator for field in head.blocks):
+        found = forward_and_backward(F.linear, [s, generator.weight, generator.bias], 2)
+        total += found if number == 0 else found._replace(saved=0)  # all keep the same s
     shared = [name for name, _ in decode.named_parameters() if not name.startswith(tuple(generators))]
 
     def call(module: nn.Module, weights: dict[str, Tensor], *given: Tensor) -> Tensor:
@@ -219,14 +233,15 @@ def package_head(model: PixNerd, kernel: str, recompute: str) -> Cost:
     if recompute == "none":
         return total + forward_and_backward(*of_patches(patches))
     again = of_patches(PATCHES_PER_PIECE)
-    piece = forward(*again[:2]) + forward_and_backward(*again)._replace(saved=0)
+    kept = sum(again[1][place].nbytes for place in (0, *range(2, 2 + len(head.blocks))))  # what decodes again
+    piece = forward(*again[:2]) + forward_and_backward(*again)._replace(saved=kept, copies=0)
     return total + piece * (patches // PATCHES_PER_PIECE)
 
 
 def plain_blocks(model: PixNerd) -> Cost:
-    """All of the plain network's blocks; one is compiled."""
+    """All of the plain network's blocks; one is compiled. Its tokens are float32, since it adds biases in float32."""
     config, block = model.config, model.blocks[0]
-    x, c = torch.empty(IMAGES, ROWS**2, config.width, dtype=BF16), torch.empty(IMAGES, config.width)
+    x, c = torch.empty(IMAGES, ROWS**2, config.width), torch.empty(IMAGES, config.width)
 
     def transform(module: nn.Module, weights: dict[str, Tensor], x: Tensor, c: Tensor) -> Tensor:
         return plain.dit_block(weights, config.heads, x, c, (ROWS, ROWS))
@@ -243,7 +258,7 @@ def plain_head(model: PixNerd) -> Cost:
         with mock.patch.object(plain, "patch_coordinates", return_value=table):  # it would make real numbers
             return plain.field_head(weights, config, pixels, s)
 
-    pixels, s = torch.empty(patches, 256, 3), torch.empty(patches, config.width, dtype=BF16)
+    pixels, s = torch.empty(patches, 256, 3), torch.empty(patches, config.width)
     names = list(dict(head.named_parameters()))
     table = coordinate_table(config.encoding, 16, 16, torch.float32, CUDA)
     return forward_and_backward(*of_module(head, decode, [table, pixels, s], names, 2))
@@ -251,7 +266,8 @@ def plain_head(model: PixNerd) -> Cost:
 
 def main() -> None:
     print(f"torch {torch.__version__}; {IMAGES} images; {MATMUL:g} FLOP/s and {RATES} bytes/s")
-    print(f"{'':40}{'kernels':>8}{'GB':>8}{'TFLOP':>8}{'kept, GB':>10}{'all, GB':>9}   ms: {', '.join(RATES)}")
+    columns = f"{'kernels':>8}{'GB':>8}{'TFLOP':>8}{'kept, GB':>10}{'an image, MB':>14}{'all, GB':>9}"
+    print(f"{'':40}{columns}   ms: {', '.join(RATES)}")
     read_patterns()
     ways = [("torch", "none"), ("torch", "head"), ("fused", "none")]
     for size in ("L/16", "XL/16"):
@@ -266,8 +282,9 @@ def main() -> None:
         rows = {f"head alone, {name}": cost for name, cost in heads.items()} | {"update alone": update}
         rows |= {name: blocks[name.split(",")[0]] + cost + update for name, cost in heads.items()}
         for name, cost in rows.items():
-            numbers = f"{cost.kernels:8}{cost.bytes / 1e9:8.1f}{cost.flops / 1e12:8.1f}{cost.saved / 1e9:10.1f}"
-            numbers += f"{(cost.saved + STATE * weights) / 1e9:9.1f}   "
+            kept = cost.saved + cost.copies
+            numbers = f"{cost.kernels:8}{cost.bytes / 1e9:8.1f}{cost.flops / 1e12:8.1f}{kept / 1e9:10.1f}"
+            numbers += f"{cost.saved / IMAGES / 1e6:14.0f}{(kept + STATE * weights) / 1e9:9.1f}   "
             print(f"{size:6}{name:34}{numbers}{', '.join(f'{1e3 * s:.1f}' for s in cost.seconds)}", flush=True)
 
 
