@@ -25,11 +25,12 @@ NARROWEST = 128  # N or K of a weight's gradient below which copying an operand 
 
 def onednn_is_faster() -> bool:
     """Whether MKL would multiply float32 matrices with half of the width that this processor's arithmetic has."""
-    about = Path("/proc/cpuinfo")
-    processor = about.read_text() if about.is_file() else platform.processor()
     wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     both = torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return wide and "AuthenticAMD" in processor and both
+    if not wide or not both:
+        return False
+    about = Path("/proc/cpuinfo")
+    return "AuthenticAMD" in (about.read_text() if about.is_file() else platform.processor())
 
 
 BY_ONEDNN = onednn_is_faster()

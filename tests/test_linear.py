@@ -1,7 +1,5 @@
 """The network's linear layer where oneDNN multiplies, whatever this machine's processor would choose."""
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given
@@ -140,7 +138,8 @@ def test_elsewhere_it_is_torchs(calls, monkeypatch):
     with torch.autograd.forward_ad.dual_level():
         dual = linear(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), weight)
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, change)
-    torch.testing.assert_close(torch.func.vmap(lambda row: linear(row, weight))(x), y, rtol=1e-4, atol=1e-4)
+    both = torch.func.vmap(lambda x: linear(x, weight))(torch.stack((x, x)))
+    torch.testing.assert_close(both, torch.stack((y, y)), rtol=1e-4, atol=1e-4)
     other = torch.nn.Parameter(weight).as_subclass(Other)
     assert isinstance(linear(x, other), Other)
     monkeypatch.setattr(module, "BY_ONEDNN", False)
@@ -194,4 +193,4 @@ def test_it_is_chosen_where_mkl_uses_half_of_the_width(processor, capability, ex
 def test_a_layer_has_torchs_weights():
     layer = Linear(5, 3)
     assert isinstance(layer, torch.nn.Linear)
-    assert list(itertools.chain(layer.state_dict())) == ["weight", "bias"]
+    assert list(layer.state_dict()) == ["weight", "bias"]

@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 from pixnerd import SIZES, PixNerd, plain
+from pixnerd.cost import state_bytes
 from pixnerd.encodings import coordinate_table
 from pixnerd.fields import PATCHES_PER_PIECE, NeuralFieldHead
 from pixnerd.layers import rotary_table
@@ -52,7 +53,6 @@ H100 = SimpleNamespace(
     **{"shared_memory_per_multiprocessor": 233472, "shared_memory_per_block_optin": 232448},
 )
 UPDATE = {"gradient norm": 4, "clipping": 8, "AdamW": 28, "moving average": 12}  # bytes read and written a weight
-STATE = 20  # bytes a weight: itself, its gradient, AdamW's two moments, one average
 
 
 class Cost(NamedTuple):
@@ -274,7 +274,7 @@ def main() -> None:
         with fake_gpu(), CUDA:
             model = PixNerd(SIZES[size], 1000, "none")
             weights = sum(parameter.numel() for parameter in model.parameters())
-            moved = weights * sum(UPDATE.values())
+            moved, state = weights * sum(UPDATE.values()), state_bytes(model)
             update = Cost(0, moved, 0, tuple(moved / rate for rate in RATES.values()))
             blocks = {"plain": plain_blocks(model), "package": package_blocks(model)}
             heads = {"plain": plain_head(model)}
@@ -284,7 +284,7 @@ def main() -> None:
         for name, cost in rows.items():
             kept = cost.saved + cost.copies
             numbers = f"{cost.kernels:8}{cost.bytes / 1e9:8.1f}{cost.flops / 1e12:8.1f}{kept / 1e9:10.1f}"
-            numbers += f"{cost.saved / IMAGES / 1e6:14.0f}{(kept + STATE * weights) / 1e9:9.1f}   "
+            numbers += f"{cost.saved / IMAGES / 1e6:14.0f}{(kept + state) / 1e9:9.1f}   "
             print(f"{size:6}{name:34}{numbers}{', '.join(f'{1e3 * s:.1f}' for s in cost.seconds)}", flush=True)
 
 
